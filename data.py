@@ -1,0 +1,484 @@
+"""Data: one folder layout for every data set, the presets, and the makers of such folders.
+
+Run:    python data.py toy --root data/toy                             (8 s, nothing is downloaded)
+        python data.py voc --root data/VOC2012 [--sbd DIR] [--download]
+Writes: ROOT/JPEGImages/ID.jpg                    the images, RGB
+        ROOT/SegmentationClass/ID.png             palette masks: 0 background, 255 ignore (scoring only)
+        ROOT/ImageSets/Segmentation/SPLIT.txt     one id a line
+        ROOT/classes.txt                          one class name a line, background first
+        ROOT/image_labels.txt                     "ID name name ...": all the supervision that training sees
+        ROOT/preset.txt                           which row of PRESETS below the stages start from
+        ROOT/Parts/ID.png, Parts/names.txt        toy only: 1 body, 2 head
+Any folder like that is a data set; nothing downstream knows which one it is.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import xml.etree.ElementTree as ElementTree
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+IGNORE = 255  # the mask value that is never trained on and never scored
+
+# What a data set changes; each value is the default of the flag of that name, and the flag wins.
+# Where a row names no value, the stage's own default stands: the paper's (or ViT-PCM's, see README).
+VIT_B = "vit_base_patch16_384.augreg_in21k_ft_in1k"
+PRESETS = {
+    "voc": {
+        "train_cls": dict(train_split="trainaug", val_split="val", backbone=VIT_B, size=384,
+                          epochs=50, batch_size=16, frozen_epochs=2, train_blocks=5,
+                          schedule="two-stage", lr=1e-3, late_lr=1e-4),
+        "make_pseudo": dict(split="trainaug", size=960, crf_sxy=67, crf_srgb=3, crf_compat=4),
+        "train_seg": dict(train_split="trainaug", val_split="val", backbone="resnet101.tv_in1k",
+                          crop=321, batch_size=10, iterations=20000, save_every=1000, lr=2.5e-4,
+                          freeze_bn=True),
+        "evaluate": dict(split="val", crf_sxy=67, crf_srgb=3, crf_compat=4),
+    },
+    "toy": {
+        "train_cls": dict(train_split="train", val_split="val", backbone="vit_toy", size=96,
+                          epochs=16, batch_size=25, frozen_epochs=0, train_blocks=4,
+                          schedule="cosine", lr=1e-3, late_lr=0.0),
+        "make_pseudo": dict(split="train", size=96, crf_sxy=67, crf_srgb=3, crf_compat=4),
+        "train_seg": dict(train_split="train", val_split="val", backbone="resnet_toy",
+                          crop=96, batch_size=10, iterations=1200, save_every=300, lr=2e-2,
+                          freeze_bn=False),
+        "evaluate": dict(split="test", crf_sxy=67, crf_srgb=3, crf_compat=4),
+    },
+}
+PRESETS["coco"] = {  # as voc; 100,000 iterations is the COCO setting of the public DeepLabv2 in PyTorch
+    **PRESETS["voc"],
+    "train_cls": PRESETS["voc"]["train_cls"] | dict(train_split="train"),
+    "make_pseudo": PRESETS["voc"]["make_pseudo"] | dict(split="train"),
+    "train_seg": PRESETS["voc"]["train_seg"] | dict(train_split="train", iterations=100000,
+                                                    save_every=5000),
+}
+
+
+# --- command lines, errors, the run folder ---------------------------------------------------
+
+class DataError(Exception):
+    """A user's mistake, told in one line that names the file and the way out."""
+
+    def __init__(self, message):
+        # a DataLoader worker hands over its whole traceback as the message: the last line is ours
+        super().__init__(str(message).strip().splitlines()[-1].removeprefix("data.DataError: "))
+
+
+def run(main, args):
+    """Call main(args); end a DataError with its one line and exit code 1, without a traceback."""
+    try:
+        main(args)
+    except DataError as error:
+        sys.exit(f"error: {error}")
+
+
+def stage_parser(doc):
+    """The flags that all four stages share; parse() fills the defaults that a preset gives."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=type("Formatter", (argparse.RawDescriptionHelpFormatter,
+                                                            argparse.ArgumentDefaultsHelpFormatter), {}))
+    parser.add_argument("--data", type=Path, help="data set folder, laid out as data.py says")
+    parser.add_argument("--run", type=Path, help="folder that this and the other stages write to")
+    parser.add_argument("--preset", choices=PRESETS, help="row of PRESETS in data.py that gives the "
+                        "defaults; without this flag DATA/preset.txt names it, else it is voc")
+    parser.add_argument("--workers", type=int, default=2, help="processes that load images or run "
+                        "the CRF beside the network; 0: none. The results do not depend on it")
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction,
+                        default=torch.cuda.is_available(),
+                        help="run the network in bfloat16 autocast (the losses stay in float32)")
+    return parser
+
+
+def parse(parser, stage, argv=None):
+    """Parse argv with the defaults that --preset, or DATA/preset.txt, gives to this stage."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--data", type=Path)
+    early.add_argument("--preset")
+    known, _ = early.parse_known_args(argv)
+    named = known.data / "preset.txt" if known.data else None
+    preset = known.preset or (named.read_text().strip() if named and named.is_file() else "voc")
+    if preset not in PRESETS:
+        parser.error(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
+    defaults = dict(PRESETS[preset][stage])
+    for flag in ("train_split", "split"):  # VOC without SBD has no trainaug.txt: its own train then
+        if defaults.get(flag) == "trainaug" and known.data:
+            if not (known.data / "ImageSets/Segmentation/trainaug.txt").exists():
+                defaults[flag] = "train"
+    parser.set_defaults(preset=preset, **defaults)
+    return parser.parse_args(argv)
+
+
+@contextmanager
+def atomic(path):
+    """Yield a temporary name beside path and rename it to path once the block has succeeded."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def log(run, stage, **values):
+    """Print one line of results and append the same values to RUN/log.jsonl."""
+    shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+    print(f"{stage}  " + "  ".join(shown), flush=True)
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / "log.jsonl", "a") as file:
+        file.write(json.dumps({"stage": stage, **values}) + "\n")
+
+
+# --- the folder -------------------------------------------------------------------------------
+
+class Folder:
+    """A data set folder: its class names, splits, image labels, images and masks."""
+
+    def __init__(self, root):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise DataError(f"{root} not found: `python data.py toy --root {root}` makes a data set")
+        self.classes = self._lines("classes.txt")
+        for name in self.classes:
+            if len(name.split()) != 1:
+                raise DataError(f"{root}/classes.txt: {name!r} has a space: use an underscore")
+        self._labels = None
+
+    def _lines(self, name):
+        path = self.root / name
+        if not path.is_file():
+            raise DataError(f"{path} not found: run data.py, or write it (README, 'Your own data')")
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        if not lines:
+            raise DataError(f"{path} is empty")
+        return lines
+
+    def ids(self, split):
+        """The ids of ImageSets/Segmentation/SPLIT.txt, in its order."""
+        return [line.split()[0] for line in self._lines(f"ImageSets/Segmentation/{split}.txt")]
+
+    def image_labels(self, image_id):
+        """(C,) float32, 1 for each class that image_labels.txt names; background is always 1."""
+        if self._labels is None:
+            self._labels = {i: names for i, *names in map(str.split, self._lines("image_labels.txt"))}
+        names, where = self._labels.get(image_id), self.root / "image_labels.txt"
+        if not names:
+            raise DataError(f"{where}: no label for {image_id}: add '{image_id} NAME ...' "
+                            f"('{image_id} {self.classes[0]}' where it shows no object)")
+        labels = torch.zeros(len(self.classes))
+        labels[0] = 1
+        for name in names:
+            if name not in self.classes:
+                raise DataError(f"{where}: {image_id} has {name!r}, which is not in classes.txt")
+            labels[self.classes.index(name)] = 1
+        return labels
+
+    def image_path(self, image_id):
+        """JPEGImages/ID.jpg."""
+        return self.root / "JPEGImages" / f"{image_id}.jpg"
+
+    def mask_path(self, image_id):
+        """SegmentationClass/ID.png, the ground truth: for scoring, never for training."""
+        return self.root / "SegmentationClass" / f"{image_id}.png"
+
+
+def read_image(path):
+    """A PIL image in RGB; grey and CMYK files are converted, unreadable ones are named."""
+    if not Path(path).is_file():
+        raise DataError(f"{path} not found")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read ({error}): replace it, or take it out of the split")
+
+
+def read_mask(path, num_classes, size=None):
+    """(H, W) uint8 from a palette or grey PNG; size, if given, is the (width, height) it must have."""
+    if not Path(path).is_file():
+        raise DataError(f"{path} not found")
+    try:
+        with Image.open(path) as image:
+            mode, mask = image.mode, np.array(image)
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"{path} cannot be read ({error})")
+    if mode not in ("P", "L"):
+        raise DataError(f"{path} is a {mode} image: a mask is a palette (or grey) PNG of class numbers")
+    if size is not None and mask.shape != (size[1], size[0]):
+        raise DataError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, its image {size[0]}x{size[1]}")
+    unknown = set(np.unique(mask).tolist()) - {*range(num_classes), IGNORE}
+    if unknown:
+        raise DataError(f"{path} has the value {min(unknown)}: allowed are 0 to {num_classes - 1} "
+                        f"(the lines of classes.txt) and {IGNORE} (ignore)")
+    return mask
+
+
+@cache
+def voc_palette():
+    """(256, 3) uint8, VOC's colours: the bits of the class number dealt to R, G, B from the top."""
+    palette = np.zeros((256, 3), np.uint8)
+    for label in range(256):
+        for bit in range(8):
+            palette[label, bit % 3] |= (label >> bit & 1) << (7 - bit // 3)
+    return palette
+
+
+def save_mask(path, mask):
+    """Write (H, W) class numbers as a palette PNG with VOC's colours, atomically."""
+    image = Image.fromarray(mask.astype(np.uint8), mode=None).convert("L")
+    image.putpalette(voc_palette().tobytes())
+    with atomic(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def to_tensor(image):
+    """PIL RGB -> (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def batches(num_images, batch_size, seed, start, stop, rank=0, world=1):
+    """The (index, draw) pairs of this rank's share of each training step from start to stop.
+
+    Every pass over the images is one seeded shuffle; its incomplete last batch is dropped. `draw`
+    numbers all samples ever drawn and seeds their augmentation, so what a step sees depends on
+    seed and step alone: not on the number of workers or ranks, nor on where a run was interrupted.
+    """
+    if num_images < batch_size:
+        raise DataError(f"{num_images} training images cannot fill --batch-size {batch_size}: lower it")
+    if batch_size % world:
+        raise DataError(f"--batch-size {batch_size} (over all ranks) is not a multiple of {world} ranks")
+    a_pass = num_images // batch_size
+    for step in range(start, stop):
+        if step == start or step % a_pass == 0:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step // a_pass)
+            order = torch.randperm(num_images, generator=generator).tolist()
+        first = step % a_pass * batch_size
+        rows = range(first + rank, first + batch_size, world)
+        yield [(order[row], step * batch_size + row - first) for row in rows]
+
+
+# --- the score --------------------------------------------------------------------------------
+
+def confusion_matrix(prediction, truth, num_classes):
+    """(C, C + 1) int64 pixel counts: row true class, column predicted class, last column ignore.
+
+    Pixels whose truth is 255 are left out; a predicted 255 counts as a miss of the true class.
+    """
+    scored = truth != IGNORE
+    column = np.minimum(prediction[scored].astype(np.int64), num_classes)
+    cell = truth[scored].astype(np.int64) * (num_classes + 1) + column
+    counts = np.bincount(cell, minlength=num_classes * (num_classes + 1))
+    return counts.reshape(num_classes, num_classes + 1)
+
+
+def iou_per_class(confusion):
+    """(C,) float64 TP / (TP + FP + FN); NaN for classes that the ground truth does not hold."""
+    true_positive = np.diagonal(confusion).astype(float)
+    union = confusion.sum(1) + confusion[:, :-1].sum(0) - true_positive
+    occurs = confusion.sum(1) > 0
+    return np.where(occurs, true_positive / np.maximum(union, 1), np.nan)
+
+
+# --- toy: the embedded data set, "beetles" -----------------------------------------------------
+# A beetle's class is the pair (pattern of its body, colour of its head), so neither a body patch nor
+# a head patch alone tells the class: context has to carry it from one to the other (Sec. 0.3.3).
+
+TOY_SIZE = 96  # pixels a side
+TOY_SEED = 2601_14718
+PATTERNS = ("vertical", "horizontal", "checks", "diagonal")
+HEADS = {"red": (200, 45, 40), "green": (45, 165, 60)}
+TOY_CLASSES = ["background", *(f"{pattern}_{head}" for pattern in PATTERNS for head in HEADS)]
+PARTS = ["body", "head"]  # 1 and 2 in Parts/ID.png
+MIN_VISIBLE = 30  # pixels; a beetle that shows fewer is not labelled, and 255 in the mask
+
+
+def toy_background(rng):
+    """(96, 96, 3) float64 in [0, 255]: random colours on a random coarse grid, smoothed."""
+    cells = rng.integers(3, 25)
+    grid = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+    return np.array(grid.resize((TOY_SIZE, TOY_SIZE), Image.Resampling.BICUBIC), dtype=float)
+
+
+def toy_pattern(pattern, rng):
+    """(96, 96) bool: stripes or checks of a period of 6 to 8 pixels at a random phase."""
+    y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE]
+    period, phase_x, phase_y = rng.uniform(6, 8), rng.uniform(0, 8), rng.uniform(0, 8)
+    def stripes(position):
+        return position / period % 1 < 0.5
+    if pattern == "vertical":
+        return stripes(x + phase_x)
+    if pattern == "horizontal":
+        return stripes(y + phase_y)
+    if pattern == "checks":
+        return stripes(x + phase_x) ^ stripes(y + phase_y)
+    return stripes((x + y) / math.sqrt(2) + phase_x)
+
+
+def toy_shape(rng):
+    """Two (96, 96) bool: an elliptic body and a disc head that overlaps one end of it."""
+    y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE]
+    centre_x, centre_y = rng.uniform(16, TOY_SIZE - 16, 2)
+    long = rng.uniform(14, 24)  # half axes in pixels
+    short = long * rng.uniform(0.5, 0.8)
+    tilt = rng.uniform(0, 2 * math.pi)
+    along = (x - centre_x) * math.cos(tilt) + (y - centre_y) * math.sin(tilt)
+    across = (y - centre_y) * math.cos(tilt) - (x - centre_x) * math.sin(tilt)
+    body = (along / long) ** 2 + (across / short) ** 2 <= 1
+    head = (along - long) ** 2 + across ** 2 <= (short * rng.uniform(0.55, 0.75)) ** 2
+    return body, head
+
+
+def toy_scene(split, index):
+    """One scene, a pure function of (split number, index): image (96, 96, 3), mask, parts: uint8."""
+    shapes, colours = (np.random.default_rng([TOY_SEED, split, index, use]) for use in (0, 1))
+    image = toy_background(colours)
+    mask, parts, owner = (np.zeros((TOY_SIZE, TOY_SIZE), np.uint8) for _ in range(3))
+    labels = shapes.choice(len(TOY_CLASSES) - 1, size=shapes.integers(1, 4), replace=False) + 1
+    for number, label in enumerate(labels, 1):
+        pattern, head_colour = TOY_CLASSES[label].split("_")
+        body, head = toy_shape(shapes)
+        base = colours.uniform(60, 230, 3)
+        image[body] = np.where(toy_pattern(pattern, colours)[..., None], base, 0.4 * base)[body]
+        image[head] = np.array(HEADS[head_colour]) + colours.uniform(-30, 30, 3)
+        parts[body], parts[head] = 1, 2  # the head lies on the body
+        mask[body | head], owner[body | head] = label, number
+    for number in range(1, len(labels) + 1):
+        if (owner == number).sum() < MIN_VISIBLE:
+            mask[owner == number], parts[owner == number] = IGNORE, 0
+    return image.clip(0, 255).astype(np.uint8), mask, parts
+
+
+def make_toy(root, num):
+    """Write the beetles to root; num = images of (train, val, test). Fewer images are a prefix."""
+    label_lines = []
+    for split, (name, count) in enumerate(zip(("train", "val", "test"), num)):
+        ids = [f"{name}_{index:05d}" for index in range(count)]
+        for index, image_id in enumerate(tqdm(ids, desc=name, disable=None)):
+            image, mask, parts = toy_scene(split, index)
+            with atomic(root / "JPEGImages" / f"{image_id}.jpg") as temporary:
+                Image.fromarray(image).save(temporary, format="JPEG", quality=95)
+            save_mask(root / "SegmentationClass" / f"{image_id}.png", mask)
+            save_mask(root / "Parts" / f"{image_id}.png", parts)
+            present = np.setdiff1d(mask, [0, IGNORE])
+            label_lines.append(" ".join([image_id, *(TOY_CLASSES[label] for label in present)]))
+        write_lines(root / "ImageSets/Segmentation" / f"{name}.txt", ids)
+    write_lines(root / "Parts/names.txt", PARTS)
+    write_folder_files(root, "toy", TOY_CLASSES, label_lines)
+
+
+# --- VOC 2012 ----------------------------------------------------------------------------------
+
+VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog "
+               "horse motorbike person pottedplant sheep sofa train tvmonitor").split()
+VOC_COUNTS = {"train": 1464, "val": 1449, "trainaug": 10582}
+
+
+def write_lines(path, lines):
+    """Write a text file, one line an entry, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines))
+
+
+def write_folder_files(root, preset, classes, label_lines):
+    """Write the three readable files of a data set folder; image_labels.txt, the last, completes it."""
+    write_lines(root / "classes.txt", classes)
+    write_lines(root / "preset.txt", [preset])
+    write_lines(root / "image_labels.txt", label_lines)
+
+
+def download_voc(root, sbd):
+    """Fetch and unpack VOC 2012 trainval into root and SBD into sbd (2.0 and 1.4 GB)."""
+    from torchvision.datasets import SBDataset, VOCSegmentation
+    from torchvision.datasets.utils import download_and_extract_archive
+    try:
+        if not (root / "Annotations").is_dir():
+            VOCSegmentation(root, year="2012", image_set="trainval", download=True)
+            for path in (root / "VOCdevkit/VOC2012").iterdir():
+                path.rename(root / path.name)
+        if not list(sbd.rglob("train.txt")):
+            download_and_extract_archive(SBDataset.url, sbd, filename=SBDataset.filename,
+                                         md5=SBDataset.md5)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"the download failed ({error}): fetch VOCtrainval_11-May-2012.tar and SBD's "
+                        f"benchmark.tgz by hand and unpack them to {root} and {sbd}")
+
+
+def voc_label_line(root, image_id):
+    """'ID name name ...' from Annotations/ID.xml: every object's name once, "difficult" included."""
+    path = root / "Annotations" / f"{image_id}.xml"
+    try:
+        names = {node.findtext("name") for node in ElementTree.parse(path).iter("object")}
+    except (OSError, ElementTree.ParseError) as error:
+        raise DataError(f"{path} cannot be read ({error})")
+    unknown = names - set(VOC_CLASSES)
+    if unknown or not names:
+        raise DataError(f"{path}: {'no object' if not names else f'unknown class {unknown.pop()!r}'}")
+    return " ".join([image_id, *sorted(names, key=VOC_CLASSES.index)])
+
+
+def make_voc(root, sbd=None, counts=VOC_COUNTS):
+    """Turn an unpacked VOC 2012 (and SBD's two lists, if sbd is given) into a data set folder."""
+    def read_ids(path):
+        if not path.is_file():
+            raise DataError(f"{path} not found: unpack the archive there, or pass --download")
+        return path.read_text().split()
+
+    lists = root / "ImageSets/Segmentation"
+    splits = {name: read_ids(lists / f"{name}.txt") for name in ("train", "val")}
+    if sbd is not None:
+        homes = [path.parent for path in sorted(sbd.rglob("train.txt"))
+                 if (path.parent / "val.txt").is_file()]
+        home = homes[0] if homes else sbd
+        extra = read_ids(home / "train.txt") + read_ids(home / "val.txt")
+        splits["trainaug"] = sorted({*splits["train"], *extra} - {*splits["val"]})
+    for name, ids in splits.items():
+        if len(ids) != counts[name]:
+            raise DataError(f"{name} has {len(ids)} images, expected {counts[name]}: "
+                            f"is {root if name != 'trainaug' else home} complete?")
+    every_id = sorted(set().union(*splits.values()))
+    label_lines = [voc_label_line(root, i) for i in tqdm(every_id, desc="labels", disable=None)]
+    if sbd is not None:
+        write_lines(lists / "trainaug.txt", splits["trainaug"])
+    else:
+        print(f"without --sbd: training will use the {len(splits['train']):,} images of train")
+    write_folder_files(root, "voc", VOC_CLASSES, label_lines)
+
+
+def parse_args(argv=None):
+    """`toy` or `voc`, and where to."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", choices=("toy", "voc"))
+    parser.add_argument("--root", type=Path, required=True, help="the data set folder")
+    parser.add_argument("--num", type=int, nargs=3, default=(1500, 200, 200), metavar="N",
+                        help="toy: images of train, val and test (default: 1500 200 200)")
+    parser.add_argument("--sbd", type=Path, help="voc: SBD's folder; its train.txt and val.txt make "
+                        "the 10,582 images of trainaug")
+    parser.add_argument("--download", action="store_true", help="voc: fetch VOC 2012 and SBD first")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    if args.dataset == "toy":
+        make_toy(args.root, args.num)
+    else:
+        if args.download:
+            args.sbd = args.sbd or args.root / "sbd"
+            download_voc(args.root, args.sbd)
+        make_voc(args.root, args.sbd)
+    folder = Folder(args.root)
+    splits = sorted((args.root / "ImageSets/Segmentation").glob("*.txt"))
+    print(f"{args.root}: {len(folder.classes)} classes with background; "
+          + ", ".join(f"{path.stem} {len(folder.ids(path.stem)):,}" for path in splits))
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

@@ -1,0 +1,251 @@
+"""Stage 4 of 4: predict with DeepLabv2 and score, score any folder of masks, or segment a photo.
+
+Run:    python evaluate.py --data data/toy --run runs/toy [--crf]
+        python evaluate.py --data data/toy --masks runs/toy/pseudo --split train
+        python evaluate.py --run runs/toy --image photo.jpg --out photo.png
+Reads:  RUN/seg.pt, JPEGImages/, SegmentationClass/; Parts/ where there is one
+Writes: RUN/pred/ID.png, RUN/results.json, RUN/figure.png; with --masks DIR/results.json alone;
+        with --image the palette mask OUT and OUT's name + _overlay.png
+"""
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+import data
+from data import IGNORE, DataError, Folder
+from make_pseudo import (add_crf_flags, crf_settings, dense_crf, in_parallel, score_masks, upsample)
+from model import build, join_processes, load_checkpoint
+
+IGNORE_POLICY = "pixels whose truth is 255 are left out; a predicted 255 is a miss"
+CELL, ROWS = 150, 6  # the figure: pixels a side of one picture, and how many images
+
+
+def parse_args(argv=None):
+    """The flags of stage 4."""
+    parser = data.stage_parser(__doc__)
+    add = parser.add_argument
+    add("--split", help="split to predict and score")
+    add("--masks", type=Path, help="score this folder of ID.png instead of predicting")
+    add("--image", type=Path, help="segment this one photo instead")
+    add("--out", type=Path, help="where --image writes its mask")
+    add("--crf", action="store_true", help="refine the predictions with the dense CRF, as the paper")
+    add_crf_flags(parser)
+    args = data.parse(parser, "evaluate", argv)
+    if args.image and not (args.run and args.out):
+        parser.error("--image needs --run and --out")
+    if not args.image and not (args.data and (args.run or args.masks)):
+        parser.error("--data and --run (or --masks) are needed")
+    return args
+
+
+# --- prediction --------------------------------------------------------------------------------
+
+@torch.no_grad()
+def predict_logits(model, image, device, amp):
+    """PIL image -> the multi-scale maximum of DeepLabv2's logits, (C, H/8, W/8) on the CPU."""
+    model.eval()
+    images = data.to_tensor(image)[None].to(device) / 255
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        return model(images)[-1][0].cpu()
+
+
+def predict(logits, image, crf=None):
+    """Logits (C, h, w) of a PIL image -> mask (H, W) uint8; crf: dense_crf's constants, or None."""
+    probs = upsample(logits, image.height, image.width).softmax(dim=0).numpy()
+    return (probs if crf is None else dense_crf(np.array(image), probs, **crf)).argmax(0).astype(np.uint8)
+
+
+def write_prediction(job):
+    """Refine and write one image's prediction; runs in a worker process."""
+    image_path, logits, path, crf = job
+    data.save_mask(path, predict(logits, data.read_image(image_path), crf))
+
+
+# --- scores ------------------------------------------------------------------------------------
+
+def part_recall(folder, ids, directory):
+    """{part name: share of its pixels whose prediction is the true class}, from Parts/."""
+    names = (folder.root / "Parts/names.txt").read_text().split()
+    found, total = np.zeros(len(names) + 1), np.zeros(len(names) + 1)
+    for image_id in ids:
+        truth = data.read_mask(folder.mask_path(image_id), len(folder.classes))
+        mask = data.read_mask(directory / f"{image_id}.png", len(folder.classes))
+        parts = data.read_mask(folder.root / "Parts" / f"{image_id}.png", len(names) + 1)
+        total += np.bincount(parts.ravel(), minlength=len(total))
+        found += np.bincount(parts[mask == truth], minlength=len(total))
+    return {name: found[i] / max(total[i], 1) for i, name in enumerate(names, 1)}
+
+
+def git_commit():
+    """The commit of this code, or None outside a git checkout."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                          capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def score(folder, split, directory, about, workers):
+    """Print the table of directory's masks on the split; return the results that are written."""
+    ids = folder.ids(split)
+    confusion, scored = score_masks(folder, ids, directory, workers)
+    if not scored:
+        raise DataError(f"no ground truth to score: {folder.root}/SegmentationClass has none of "
+                        f"the masks of {split}")
+    iou = data.iou_per_class(confusion)
+    results = dict(about, split=split, num_images=scored, miou=float(np.nanmean(iou)),
+                   iou={n: None if np.isnan(v) else float(v) for n, v in zip(folder.classes, iou)},
+                   pixel_accuracy=float(np.trace(confusion) / confusion.sum()),
+                   ignore_policy=IGNORE_POLICY, git_commit=git_commit(),
+                   confusion=confusion.tolist())
+    if (folder.root / "Parts/names.txt").is_file():
+        results["part_recall"] = part_recall(folder, ids, directory)
+    print(f"{'class':24s}   IoU %")
+    for name, value in zip(folder.classes, iou):
+        print(f"{name:24s}  {100 * value:6.2f}")
+    for name, value in results.get("part_recall", {}).items():
+        print(f"{'recall of part ' + name:24s}  {100 * value:6.2f}")
+    word = {True: "yes", False: "no", None: "unknown"}
+    print(f"mIoU {100 * results['miou']:.2f} %  pixel accuracy {100 * results['pixel_accuracy']:.2f} %  "
+          f"| {about['masks']} on {split} ({scored:,} images), CRF: {word[about['crf']]}, image "
+          f"labels used at inference: {word[about['image_labels_used']]}, 255 ignored")
+    return results
+
+
+# --- pictures ----------------------------------------------------------------------------------
+
+def colour(mask):
+    """(H, W) class numbers -> PIL RGB in VOC's colours."""
+    return Image.fromarray(data.voc_palette()[mask])
+
+
+def legend(names, width):
+    """A strip of colour patches with class names; names is {class number: name}."""
+    font, x, y, places = ImageFont.load_default(13), 8, 6, []
+    for number, name in names.items():
+        length = 30 + int(font.getlength(name))
+        if x + length > width and x > 8:
+            x, y = 8, y + 20
+        places.append((x, y, number, name))
+        x += length
+    strip = Image.new("RGB", (width, y + 24), "white")
+    draw = ImageDraw.Draw(strip)
+    for x, y, number, name in places:
+        draw.rectangle((x, y + 1, x + 14, y + 15), tuple(data.voc_palette()[number].tolist()), "black")
+        draw.text((x + 19, y), name, "black", font)
+    return strip
+
+
+def stack(pictures):
+    """PIL images of one width, one below the other."""
+    sheet = Image.new("RGB", (pictures[0].width, sum(p.height for p in pictures)), "white")
+    y = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, y))
+        y += picture.height
+    return sheet
+
+
+def grid(title, headings, rows):
+    """One sheet: a title, a heading above each column, rows of PIL images fitted to square cells."""
+    step = CELL + 6
+    sheet = Image.new("RGB", (step * len(headings) + 6, 46 + step * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((8, 4), title, "black", ImageFont.load_default(13))
+    for column, heading in enumerate(headings):
+        draw.text((8 + step * column, 25), heading, "black", ImageFont.load_default(15))
+        for row, pictures in enumerate(rows):
+            resample = Image.Resampling.LANCZOS if column == 0 else Image.Resampling.NEAREST
+            fitted = ImageOps.contain(pictures[column], (CELL, CELL), resample)
+            sheet.paste(fitted, (6 + step * column, 46 + step * row))
+    return sheet
+
+
+def save_picture(picture, path):
+    """Write a PNG, atomically."""
+    with data.atomic(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def draw_figure(model, folder, args, device, crf):
+    """RUN/figure.png: evenly spaced images that have pseudo masks, stage by stage."""
+    ids = sorted(path.stem for path in (args.run / "bpm").glob("*.png"))
+    ids = [i for i in ids if folder.mask_path(i).is_file() and (args.run / f"pseudo/{i}.png").is_file()]
+    if not ids:
+        return
+    C, rows, seen = len(folder.classes), [], {0}
+    for image_id in ids[::max(1, len(ids) // ROWS)][:ROWS]:
+        image = data.read_image(folder.image_path(image_id))
+        masks = [data.read_mask(path, C, image.size) for path in
+                 (folder.mask_path(image_id), *(args.run / out / f"{image_id}.png"
+                                                for out in ("bpm", "pseudo")))]
+        masks.append(predict(predict_logits(model, image, device, args.amp), image, crf))
+        seen.update(*(np.unique(mask).tolist() for mask in masks))
+        rows.append([image, *map(colour, masks)])
+    names = {k: "ignore" if k == IGNORE else folder.classes[k] for k in sorted(seen)}
+    sheet = grid("Training images, evenly spaced, not chosen. BPM and pseudo masks know the image labels; "
+                 "DeepLabv2 does not.",
+                 ["image", "ground truth", "BPM (Eq. 10)", "pseudo (CRF)",
+                  "DeepLabv2" + (" + CRF" if crf else "")], rows)
+    save_picture(stack([sheet, legend(names, sheet.width)]), args.run / "figure.png")
+
+
+# --- the stage ---------------------------------------------------------------------------------
+
+def segment_photo(args, model, classes, device, crf):
+    """Write the mask and the overlay of --image."""
+    image = ImageOps.exif_transpose(data.read_image(args.image))
+    mask = predict(predict_logits(model, image, device, args.amp), image, crf)
+    data.save_mask(args.out, mask)
+    blend = Image.blend(image, colour(mask), 0.6)
+    overlay = Image.composite(blend, image, Image.fromarray((mask > 0).astype(np.uint8) * 255))
+    names = {k: classes[k] for k in np.unique(mask).tolist()}
+    path = args.out.with_name(f"{args.out.stem}_overlay.png")
+    save_picture(stack([overlay, legend(names, overlay.width)]), path)
+    print(f"{args.out} and {path}: {', '.join(names.values())}")
+
+
+def main(args):
+    crf = crf_settings(args) if args.crf else None
+    if args.masks and not args.image:
+        note = args.masks / "settings.json"
+        made = json.loads(note.read_text()) if note.is_file() else {}
+        about = dict(masks=str(args.masks), crf=made.get("crf"), seed=made.get("seed"),
+                     image_labels_used=made.get("image_labels_used"))
+        results = score(Folder(args.data), args.split, args.masks, about, args.workers)
+        data.write_lines(args.masks / "results.json", [json.dumps(results)])
+        return
+    device, _, _ = join_processes()
+    checkpoint = load_checkpoint(args.run / "seg.pt", "seg")
+    model = build(checkpoint).to(device)
+    if args.image:
+        segment_photo(args, model, checkpoint["classes"], device, crf)
+        return
+
+    # --- predict ---
+    folder = Folder(args.data)
+    if checkpoint["classes"] != folder.classes:
+        raise DataError(f"{args.run}/seg.pt was trained on other classes than {args.data}/classes.txt")
+    ids, pred = folder.ids(args.split), args.run / "pred"
+    paths = map(folder.image_path, ids)
+    jobs = ((path, predict_logits(model, data.read_image(path), device, args.amp),
+             pred / f"{path.stem}.png", crf) for path in paths)
+    for _ in tqdm(in_parallel(write_prediction, jobs, args.workers), total=len(ids),
+                  desc=f"predict {args.split}", disable=None):
+        pass
+
+    # --- score ---
+    about = dict(masks=str(args.run / "seg.pt"), crf=args.crf, image_labels_used=False,
+                 seed=checkpoint["args"]["seed"])
+    data.write_lines(pred / "settings.json", [json.dumps(about)])
+    results = score(folder, args.split, pred, about, args.workers)
+    data.write_lines(args.run / "results.json", [json.dumps(results)])
+    draw_figure(model, folder, args, device, crf)
+    print(f"written: {pred}, {args.run}/results.json, {args.run}/figure.png")
+
+
+if __name__ == "__main__":
+    data.run(main, parse_args())

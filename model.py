@@ -1,0 +1,329 @@
+"""The two networks: CPF-CTE, the patch classifier (Sec. 0.3), and DeepLabv2, trained on its masks.
+
+Legend: B batch, C classes with background, h x w patch grid, N = h * w patches, D width, K top-k.
+Read CPFCTE.forward first: it is the paper's Fig. 2 from left to right, Eq. (1) to Eq. (7).
+"""
+import os
+from dataclasses import asdict, dataclass
+
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from data import DataError, atomic
+
+
+# --- backbones ---------------------------------------------------------------------------------
+
+NO_WEIGHTS = dict(url="", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+default_cfgs = generate_default_cfgs({"vit_toy": NO_WEIGHTS, "resnet_toy": NO_WEIGHTS})  # for timm
+
+
+@register_model
+def vit_toy(pretrained=False, **kwargs):
+    """timm's ViT at 96x96: patch 8, width 128, depth 4; `--backbone vit_toy`, trained from scratch."""
+    size = dict(img_size=96, patch_size=8, embed_dim=128, depth=4, num_heads=2, mlp_ratio=2)
+    return build_model_with_cfg(VisionTransformer, "vit_toy", pretrained, **size | kwargs)
+
+
+@register_model
+def resnet_toy(pretrained=False, **kwargs):
+    """timm's ResNet with one basic block a stage and few channels, trained from scratch."""
+    size = dict(block=BasicBlock, layers=(1, 1, 1, 1), channels=(32, 64, 96, 128))
+    return build_model_with_cfg(ResNet, "resnet_toy", pretrained, **size | kwargs)
+
+
+def create_backbone(name, pretrained, weights=None, **kwargs):
+    """A timm model with its ImageNet weights, from the hub or from the file `weights`, or without."""
+    if not timm.is_model(name.split(".")[0]):
+        raise DataError(f"timm has no model {name!r}: see timm.list_models('*{name[:5]}*')")
+    if weights is not None and not os.path.isfile(weights):
+        raise DataError(f"{weights} not found: --weights takes a local copy of the timm weights")
+    overlay = {"pretrained_cfg_overlay": dict(file=str(weights))} if weights else {}
+    try:
+        return timm.create_model(name, pretrained=pretrained or bool(weights), **overlay, **kwargs)
+    except Exception as error:  # hub, network, file format: many types, one consequence
+        if not (pretrained or weights):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise DataError(f"no weights for {name} from {weights or 'the hub'} ({reason}): pass --weights "
+                        "FILE with a local copy, or --no-pretrained to start from scratch")
+
+
+class Normalise(nn.Module):
+    """Images in [0, 1] -> the mean and standard deviation that the backbone's weights expect."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        config = backbone.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
+
+    def forward(self, images):
+        return (images - self.mean) / self.std
+
+
+# --- CPF-CTE -----------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Everything that rebuilds a CPFCTE; saved in cls.pt."""
+    num_classes: int              # C, background included
+    backbone: str                 # any ViT of timm
+    class_tokens: str = "soft"    # soft | all | append | none: what t(i) in Eq. (2) is
+    context: str = "hv"           # hv | raster | none: the lines that the BiLSTM runs along
+    dropout: float = 0.2          # before the BiLSTM and before the classifier; ViT-PCM's value
+
+
+class ContextFusion(nn.Module):
+    """CF-BiLSTM, Sec. 0.3.3, Eq. (3) to (6): (B, h, w, D) -> (B, h, w, D).
+
+    hv: one BiLSTM along the rows and one along the columns, D/4 a direction. raster: one BiLSTM
+    along the whole row-major sequence, D/2 a direction. Class tokens, if given, lead every line.
+    """
+
+    def __init__(self, dim, context, dropout):
+        super().__init__()
+        directions = {"hv": 4, "raster": 2}[context]
+        self.dropout = nn.Dropout(dropout)
+        self.lstms = nn.ModuleList(
+            nn.LSTM(dim, dim // directions, batch_first=True, bidirectional=True)
+            for _ in range(directions // 2))
+        self.proj = nn.Linear(dim, dim)  # W_o, b_o
+
+    def forward(self, tokens, class_tokens=None):
+        B, h, w, D = tokens.shape
+        tokens = self.dropout(tokens)
+        if len(self.lstms) == 1:  # raster
+            hidden = self.scan(self.lstms[0], tokens.reshape(B, 1, h * w, D), class_tokens)
+            return self.proj(hidden.view(B, h, w, D))
+        rows = self.scan(self.lstms[0], tokens, class_tokens)                  # (B, h, w, D/2)
+        columns = self.scan(self.lstms[1], tokens.transpose(1, 2), class_tokens)  # (B, w, h, D/2)
+        hidden = torch.cat([rows, columns.transpose(1, 2)], dim=-1)            # (B, h, w, D)
+        return self.proj(hidden)  # Eq. (6)
+
+    @staticmethod
+    def scan(lstm, lines, class_tokens):
+        """Run lstm along each of the (B, lines, steps, D) lines, all with the same weights."""
+        B, number, steps, D = lines.shape
+        sequence = lines.reshape(B * number, steps, D)
+        if class_tokens is not None:  # (C, D): read before the line's first patch, then dropped
+            sequence = torch.cat([class_tokens.expand(len(sequence), -1, -1), sequence], dim=1)
+        hidden, _ = lstm(sequence)  # Eq. (3), (4); [forward ; backward] is Eq. (5)
+        return hidden[:, -steps:].reshape(B, number, steps, -1)
+
+
+def initialise(module):
+    """Start linear maps and LSTMs of the head as Keras does, which ViT-PCM is written in.
+
+    torch's own start makes the first outputs of LSTM and classifier about ten times smaller, and
+    training from scratch then stays on the plateau of the base rates for many epochs.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    if isinstance(module, nn.LSTM):
+        for name, parameter in module.named_parameters():
+            if name.startswith("weight_ih"):
+                nn.init.xavier_uniform_(parameter)
+            elif name.startswith("weight_hh"):
+                nn.init.orthogonal_(parameter)
+            else:
+                nn.init.zeros_(parameter)
+                if name.startswith("bias_ih"):  # order of the gates: input, forget, cell, output
+                    nn.init.ones_(parameter[module.hidden_size:2 * module.hidden_size])
+
+
+class CPFCTE(nn.Module):
+    """Context Patch Fusion with Class Token Enhancement: images -> class probabilities of patches."""
+
+    def __init__(self, config, pretrained=False, weights=None):
+        super().__init__()
+        self.config = config
+        self.backbone = create_backbone(config.backbone, pretrained, weights, num_classes=0,
+                                        dynamic_img_size=True)
+        self.normalise = Normalise(self.backbone)
+        D, C = self.backbone.embed_dim, config.num_classes
+        if config.class_tokens != "none":
+            self.class_tokens = nn.Parameter(torch.randn(C, D))  # T: unit variance, as the normed P
+        if config.class_tokens in ("soft", "all"):
+            self.enhance_proj = nn.Linear(D + (D if config.class_tokens == "soft" else C * D), D)
+        if config.context != "none":
+            self.context = ContextFusion(D, config.context, config.dropout)
+        elif config.class_tokens == "append":
+            raise DataError("--class-tokens append needs a --context (hv or raster): without one the "
+                            "appended tokens never meet the patches")
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(D, C, bias=False)  # W_c
+        for name, module in self.named_children():
+            if name != "backbone":
+                module.apply(initialise)
+        if config.class_tokens in ("soft", "all"):  # starts as the model without class tokens
+            nn.init.eye_(self.enhance_proj.weight)
+
+    def forward(self, images):
+        """(B, 3, H, W) in [0, 1] -> Y (B, h, w, C) float32: each patch's class probabilities."""
+        tokens = self.patch_tokens(images)                     # Eq. (1)       (B, h, w, D)
+        tokens = self.enhance(tokens)                          # Eq. (2)       (B, h, w, D)
+        tokens = self.fuse(tokens)                             # Eq. (3) - (6) (B, h, w, D)
+        logits = self.classifier(self.dropout(tokens))         #               (B, h, w, C)
+        return logits.float().softmax(dim=-1)                  # Eq. (7)
+
+    def patch_tokens(self, images):
+        """Eq. (1): P = ViT(x), the normed patch tokens (B, h, w, D); its own [CLS] is dropped."""
+        h, w = (side // patch for side, patch in
+                zip(images.shape[-2:], self.backbone.patch_embed.patch_size))
+        tokens = self.backbone.forward_features(self.normalise(images))
+        return tokens[:, self.backbone.num_prefix_tokens:].unflatten(1, (h, w))
+
+    def enhance(self, tokens):
+        """Eq. (2): p'_i = [p_i ; t(i)], then a linear map back to D."""
+        if self.config.class_tokens in ("append", "none"):
+            return tokens
+        if self.config.class_tokens == "soft":
+            t = self.class_attention(tokens) @ self.class_tokens
+        else:  # all C tokens, flattened: after the linear map one constant vector, a bias
+            t = self.class_tokens.flatten().expand(*tokens.shape[:-1], -1)
+        return self.enhance_proj(torch.cat([tokens, t.to(tokens.dtype)], dim=-1))
+
+    def class_attention(self, tokens):
+        """a = softmax_c(p_i . t_c / sqrt(D)), (B, h, w, C): which class token a patch gets."""
+        # not in the paper ("its corresponding class token"): nobody knows a patch's class
+        return (tokens @ self.class_tokens.T / tokens.shape[-1] ** 0.5).softmax(dim=-1)
+
+    def fuse(self, tokens):
+        """Eq. (3) to (6), CF-BiLSTM."""
+        if self.config.context == "none":
+            return tokens
+        appended = self.class_tokens if self.config.class_tokens == "append" else None
+        return self.context(tokens, appended)
+
+    def train_last(self, blocks):
+        """Let the head, the last `blocks` transformer blocks and the final norm learn.
+
+        0 freezes the backbone; as many as it has, or more, trains all of it, embeddings included.
+        """
+        last = self.backbone.blocks[len(self.backbone.blocks) - blocks:] if blocks else []
+        self.backbone.requires_grad_(blocks >= len(self.backbone.blocks))
+        for module in [*last, *([self.backbone.norm] if blocks else [])]:
+            module.requires_grad_(True)
+
+
+def pool_patches(patch_probs, pool="topk", top_k=6):
+    """Eq. (8), Table 5: Y (B, h, w, C) -> image scores s (B, C)."""
+    Y = patch_probs.flatten(1, 2)  # (B, N, C)
+    K = {"max": 1, "avg": Y.shape[1], "topk": min(top_k, Y.shape[1])}[pool]
+    return Y.topk(K, dim=1).values.mean(dim=1)  # Eq. (8): mean of the K largest scores
+
+
+def classification_loss(scores, image_labels):
+    """Eq. (9): binary cross-entropy between s and y, (B, C) each, mean over classes and images."""
+    s = scores.float().clamp(1e-6, 1 - 1e-6)
+    return F.binary_cross_entropy(s, image_labels)
+
+
+# --- DeepLabv2 ---------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class SegmenterConfig:
+    """Everything that rebuilds a DeepLabv2; saved in seg.pt."""
+    num_classes: int
+    backbone: str                      # any CNN of timm that can keep output stride 8
+    rates: tuple = (6, 12, 18, 24)     # ASPP's dilations
+    scales: tuple = (1.0, 0.75, 0.5)   # of the input; the first is the reference
+
+
+class DeepLabv2(nn.Module):
+    """DeepLabv2: a dilated CNN, ASPP with summed branches, several input scales and their maximum."""
+
+    def __init__(self, config, pretrained=False, weights=None):
+        super().__init__()
+        self.config = config
+        self.backbone = create_backbone(config.backbone, pretrained, weights, features_only=True,
+                                        output_stride=8, out_indices=(-1,))
+        self.normalise = Normalise(self.backbone)
+        channels = self.backbone.feature_info.channels()[-1]
+        self.aspp = nn.ModuleList(
+            nn.Conv2d(channels, config.num_classes, 3, padding=rate, dilation=rate)
+            for rate in config.rates)
+        for conv in self.aspp:
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, images):
+        """(B, 3, H, W) in [0, 1] -> logits of each scale, then their maximum at the first one's size."""
+        pyramid = [self.logits(images if scale == 1 else F.interpolate(
+            images, scale_factor=scale, mode="bilinear", align_corners=False))
+            for scale in self.config.scales]
+        size = pyramid[0].shape[-2:]
+        resized = [F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+                   for logits in pyramid]
+        return [*pyramid, torch.stack(resized).amax(dim=0)]
+
+    def logits(self, images):
+        """One scale: (B, 3, H, W) -> (B, C, H/8, W/8) float32."""
+        features = self.backbone(self.normalise(images))[-1]
+        return sum(conv(features) for conv in self.aspp).float()
+
+    def freeze_batch_norm(self):
+        """Keep the ImageNet statistics and scales of every batch norm; call after each train()."""
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+                module.requires_grad_(False)
+
+
+# --- checkpoints and processes -----------------------------------------------------------------
+
+MADE_BY = {"cls": "train_cls.py", "seg": "train_seg.py"}
+
+
+def save_checkpoint(path, kind, model, **content):
+    """Write a file that describes itself: what it is, its config and weights, and `content`."""
+    with atomic(path) as temporary:
+        torch.save({"kind": kind, "config": asdict(model.config), "model": model.state_dict(),
+                    **content}, temporary)
+
+
+def load_checkpoint(path, kind):
+    """The dictionary that save_checkpoint wrote, on the CPU; kind is "cls" or "seg"."""
+    if not path.is_file():
+        raise DataError(f"{path} not found: run {MADE_BY[kind]} first")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and torch each have their own
+        raise DataError(f"{path} is not a readable checkpoint ({type(error).__name__}): "
+                        f"run {MADE_BY[kind]} again")
+    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
+    if found != kind:
+        raise DataError(f"{path} is no {kind} checkpoint but {found or 'something else'}: "
+                        f"{MADE_BY[kind]} writes one")
+    return checkpoint
+
+
+def build(checkpoint):
+    """The network of a checkpoint, with its weights, ready to use."""
+    config, model = {"cls": (ClassifierConfig, CPFCTE),
+                     "seg": (SegmenterConfig, DeepLabv2)}[checkpoint["kind"]]
+    network = model(config(**checkpoint["config"]))
+    network.load_state_dict(checkpoint["model"])
+    return network.eval()
+
+
+def join_processes():
+    """(device, rank, world): this process's place under torchrun (nccl or gloo), or alone."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    torch.set_flush_denormal(True)  # a CPU is several times slower on the tiniest gradients
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return torch.device("cuda", local_rank) if cuda else torch.device("cpu"), rank, world

@@ -1,0 +1,230 @@
+"""Stage 1 of 4: train the patch classifier from image labels alone (Sec. 0.3, Eq. 1 to 9).
+
+Run:    python train_cls.py --data data/toy --run runs/toy
+        torchrun --nproc-per-node=2 train_cls.py --data data/VOC2012 --run runs/voc
+Reads:  JPEGImages/, image_labels.txt, classes.txt and the splits; never a mask
+Writes: RUN/cls.pt after every epoch (weights, config, classes, arguments, optimiser), RUN/log.jsonl
+"""
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import data
+from data import DataError, Folder
+from model import (CPFCTE, ClassifierConfig, classification_loss, join_processes, load_checkpoint,
+                   pool_patches, save_checkpoint)
+
+STAGE = "train_cls"
+COLOUR_JITTER = v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3)
+
+
+def parse_args(argv=None):
+    """The flags of stage 1."""
+    parser = data.stage_parser(__doc__)
+    add = parser.add_argument
+    add("--train-split", help="split whose images and image labels are trained on")
+    add("--val-split", help="split whose image labels score each epoch; none: no score")
+    add("--size", type=int, help="images are resized to SIZE x SIZE, aspect ratio not kept")
+    add("--backbone", help="any ViT of timm (or vit_toy); its patch tokens are P in Eq. (1)")
+    add("--weights", help="local copy of the backbone's timm weights, instead of the hub's")
+    add("--no-pretrained", dest="pretrained", action="store_false", help="start from random weights")
+    add("--class-tokens", choices=("soft", "all", "append", "none"), default="soft",
+        help="t(i) in Eq. (2). soft: each patch's own mixture of the tokens; all: every token for "
+        "every patch, which is a bias; append: tokens join the BiLSTM's lines; none: Table 4")
+    add("--context", choices=("hv", "raster", "none"), default="hv", help="Eq. (3) to (6). hv: "
+        "along rows and columns; raster: along the row-major sequence; none: Table 4")
+    add("--pool", choices=("topk", "max", "avg"), default="topk", help="Eq. (8), Table 5")
+    add("--top-k", type=int, default=6, help="K in Eq. (8): 1 is max pooling, all patches is average")
+    add("--dropout", type=float, default=0.2, help="before the BiLSTM and before the classifier")
+    add("--augment", nargs="*", choices=("flip", "jitter", "vflip", "transpose"),
+        default=["flip", "jitter"], help="the last two are ViT-PCM's, off in this repository")
+    add("--epochs", type=int, help="passes over the training images")
+    add("--batch-size", type=int, help="images of one step, over all ranks together")
+    add("--frozen-epochs", type=int, help="first epochs, in which the backbone does not learn")
+    add("--train-blocks", type=int, help="last transformer blocks that learn after that; all of "
+        "them: the whole backbone, embeddings included")
+    add("--schedule", choices=("two-stage", "cosine"), help="two-stage: --lr for the first two "
+        "epochs, --late-lr after; cosine: a warm-up of one epoch to --lr, then down to --late-lr")
+    add("--lr", type=float, help="Adam's learning rate at first")
+    add("--late-lr", type=float, help="Adam's learning rate later")
+    add("--seed", type=int, default=0, help="of the weights, the order and the augmentation")
+    add("--resume", action="store_true", help="go on from RUN/cls.pt exactly as if never interrupted")
+    add("--overwrite", action="store_true", help="replace an existing RUN/cls.pt")
+    args = data.parse(parser, STAGE, argv)
+    if not (args.data and args.run):
+        parser.error("--data and --run are needed")
+    return args
+
+
+class LabelledImages(Dataset):
+    """(index, draw) -> image (3, S, S) uint8, image labels (C,), index. draw None: no augmentation."""
+
+    def __init__(self, folder, ids, size, seed=0, augment=()):
+        self.folder, self.ids, self.size = folder, ids, size
+        self.seed, self.augment = seed, augment
+        self.labels = torch.stack([folder.image_labels(i) for i in ids])  # fails early, by name
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, item):
+        index, draw = item
+        image = data.read_image(self.folder.image_path(self.ids[index]))
+        image = data.to_tensor(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
+        if draw is not None:
+            torch.manual_seed(self.seed * 1_000_003 + draw)
+            image = augmented(image, self.augment)
+        return image, self.labels[index], index
+
+
+def augmented(image, names):
+    """(3, S, S) uint8 -> the same, changed at random in the named ways."""
+    if "flip" in names and torch.rand(()) < 0.5:
+        image = image.flip(2)
+    if "vflip" in names and torch.rand(()) < 0.5:
+        image = image.flip(1)
+    if "transpose" in names and torch.rand(()) < 0.5:
+        image = image.transpose(1, 2)
+    # not in the paper; the strength is ours
+    return COLOUR_JITTER(image) if "jitter" in names else image
+
+
+def learning_rate(args, step, steps_per_epoch):
+    """The two-stage rate of Sec. 0.4.2, or a warm-up and a cosine for training from scratch."""
+    if args.schedule == "two-stage":
+        return args.lr if step < 2 * steps_per_epoch else args.late_lr
+    warm_up = (step + 1) / steps_per_epoch
+    progress = step / (args.epochs * steps_per_epoch)
+    cosine = args.late_lr + (args.lr - args.late_lr) * (1 + math.cos(math.pi * progress)) / 2
+    return min(warm_up, 1) * cosine
+
+
+def average_precision(scores, truth):
+    """Mean of the precision at each positive, images ranked by score; (n,) and (n,) bool."""
+    ranked = truth[np.argsort(-scores, kind="stable")]
+    precision = np.cumsum(ranked) / np.arange(1, len(ranked) + 1)
+    return precision[ranked].mean()
+
+
+def multi_label_scores(scores, labels):
+    """(macro F1 at 0.5, mAP) over the object classes that occur; scores and labels (n, C)."""
+    f1, ap = [], []
+    for s, y in zip(scores[:, 1:].T, labels[:, 1:].T.astype(bool)):
+        if y.any():
+            f1.append(2 * (y & (s > 0.5)).sum() / (y.sum() + (s > 0.5).sum()))
+            ap.append(average_precision(s, y))
+    return float(np.mean(f1)), float(np.mean(ap))
+
+
+@torch.no_grad()
+def validate(model, dataset, args, device):
+    """(F1, mAP) of the image scores against the image labels of the data set."""
+    chunks = torch.arange(len(dataset)).split(args.batch_size)
+    loader = DataLoader(dataset, num_workers=args.workers,
+                        batch_sampler=[[(int(i), None) for i in chunk] for chunk in chunks])
+    model.eval()
+    scores = []
+    for images, _, _ in loader:
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            patch_probs = model(images.to(device) / 255)
+        scores.append(pool_patches(patch_probs, args.pool, args.top_k).cpu())
+    model.train()
+    return multi_label_scores(torch.cat(scores).numpy(), dataset.labels.numpy())
+
+
+def check_resume(checkpoint, args, path):
+    """Refuse to go on with other settings than those that the checkpoint was made with."""
+    free = {"data", "run", "workers", "amp", "resume", "overwrite", "weights", "pretrained", "preset"}
+    for name, old in checkpoint["args"].items():
+        if name not in free and vars(args).get(name) != old:
+            raise DataError(f"{path} was made with --{name.replace('_', '-')} {old}, now it is "
+                            f"{vars(args).get(name)}: choose another --run, or --overwrite")
+
+
+def main(args):
+    device, rank, world = join_processes()
+    path = args.run / "cls.pt"
+    if path.exists() and not (args.resume or args.overwrite):
+        raise DataError(f"{path} exists: --resume goes on, --overwrite starts anew, --run elsewhere")
+    checkpoint = load_checkpoint(path, "cls") if args.resume and path.exists() else None
+
+    # --- data ---
+    folder = Folder(args.data)
+    ids = folder.ids(args.train_split)
+    dataset = LabelledImages(folder, ids, args.size, args.seed, args.augment)
+    steps_per_epoch = len(ids) // args.batch_size
+    last_step = args.epochs * steps_per_epoch
+    val = args.val_split != "none" and LabelledImages(folder, folder.ids(args.val_split), args.size)
+
+    # --- model ---
+    torch.manual_seed(args.seed)
+    config = ClassifierConfig(len(folder.classes), args.backbone, args.class_tokens, args.context,
+                              args.dropout)
+    scratch = checkpoint is not None or args.backbone == "vit_toy" or not args.pretrained
+    model = CPFCTE(config, not scratch, None if checkpoint else args.weights).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    step = 0
+    if checkpoint:
+        check_resume(checkpoint, args, path)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step = checkpoint["epoch"] * steps_per_epoch
+
+    # --- train ---
+    loader = DataLoader(dataset, num_workers=args.workers, pin_memory=device.type == "cuda",
+                        batch_sampler=data.batches(len(ids), args.batch_size, args.seed, step,
+                                                   last_step, rank, world))
+    progress = tqdm(loader, initial=step, total=last_step, disable=None if rank == 0 else True)
+    losses, began, network = [], time.time(), None
+    for images, labels, indices in progress:
+        epoch = step // steps_per_epoch
+        if network is None or step == args.frozen_epochs * steps_per_epoch:
+            model.train_last(0 if epoch < args.frozen_epochs else args.train_blocks)
+            network = DistributedDataParallel(model) if world > 1 else model
+            network.train()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step, steps_per_epoch)
+        torch.manual_seed(args.seed * 1_000_003 + step * world + rank)  # dropout: step's alone
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            patch_probs = network(images.to(device, non_blocking=True) / 255)
+        scores = pool_patches(patch_probs, args.pool, args.top_k)
+        loss = classification_loss(scores, labels.to(device))
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            names = ", ".join(ids[i] for i in indices)
+            raise DataError(f"the loss is {losses[-1]} in epoch {epoch + 1}, images {names}: "
+                            f"lower --lr; {path} keeps the last whole epoch")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        speed = len(losses) * args.batch_size / (time.time() - began)
+        progress.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{group['lr']:.1e}", images_s=f"{speed:.0f}")
+        if step % steps_per_epoch:
+            continue
+
+        # --- end of an epoch: score, save, log ---
+        mean_loss = torch.tensor(losses, device=device).mean() / world
+        if world > 1:
+            dist.all_reduce(mean_loss)
+        if rank == 0:
+            f1, mean_ap = validate(model, val, args, device) if val else (None, None)
+            save_checkpoint(path, "cls", model, classes=folder.classes, epoch=epoch + 1,
+                            args={k: str(v) if isinstance(v, Path) else v for k, v in
+                                  vars(args).items()}, optimizer=optimizer.state_dict())
+            data.log(args.run, STAGE, epoch=epoch + 1, of=args.epochs, loss=float(mean_loss),
+                     lr=group["lr"], val_f1=f1, val_map=mean_ap, images_s=speed)
+        losses, began = [], time.time()
+
+
+if __name__ == "__main__":
+    data.run(main, parse_args())

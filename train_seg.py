@@ -1,0 +1,224 @@
+"""Stage 3 of 4: train DeepLabv2 on the pseudo masks (Sec. 0.3.1, 0.4.2).
+
+Run:    python train_seg.py --data data/toy --run runs/toy
+        torchrun --nproc-per-node=2 train_seg.py --data data/VOC2012 --run runs/voc
+Reads:  JPEGImages/ and RUN/pseudo/, the masks of stage 2; the ground truth only to score on val
+Writes: RUN/seg.pt every --save-every iterations, RUN/log.jsonl
+The recipe is that of the public PyTorch DeepLabv2 which the field uses; the weights to start from
+are ImageNet classification's: a COCO-pretrained start would have seen pixel masks.
+"""
+import argparse
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import data
+from data import IGNORE, DataError, Folder
+from evaluate import predict, predict_logits
+from model import DeepLabv2, SegmenterConfig, join_processes, load_checkpoint, save_checkpoint
+from train_cls import check_resume
+
+STAGE = "train_seg"
+SCALES = (0.5, 1.5)  # range of the random rescaling
+ASPP_WEIGHT_LR, ASPP_BIAS_LR = 10, 20  # times the backbone's
+MOMENTUM, WEIGHT_DECAY, POLY_POWER = 0.9, 5e-4, 0.9
+
+
+def parse_args(argv=None):
+    """The flags of stage 3."""
+    parser = data.stage_parser(__doc__)
+    add = parser.add_argument
+    add("--train-split", help="split whose images and pseudo masks are trained on")
+    add("--val-split", help="split that scores the network at every save; none: no score")
+    add("--val-images", type=int, default=100, help="that score is over the first so many images")
+    add("--masks", type=Path, help="folder of the masks to learn (default: RUN/pseudo)")
+    add("--backbone", help="a CNN of timm with output stride 8 (or resnet_toy)")
+    add("--weights", help="local copy of the backbone's timm weights, instead of the hub's")
+    add("--no-pretrained", dest="pretrained", action="store_false", help="start from random weights")
+    add("--crop", type=int, help="side of the random crop in pixels")
+    add("--batch-size", type=int, help="images of one iteration, over all ranks together")
+    add("--iterations", type=int, help="optimiser steps in all; the poly decay ends there")
+    add("--save-every", type=int, help="iterations between two checkpoints")
+    add("--lr", type=float, help="of the backbone; ASPP's weights get 10 and its biases 20 times that")
+    add("--freeze-bn", action=argparse.BooleanOptionalAction, help="keep the batch norms of the ImageNet weights")
+    add("--seed", type=int, default=0, help="of the weights, the order and the augmentation")
+    add("--resume", action="store_true", help="go on from RUN/seg.pt exactly as if never interrupted")
+    add("--overwrite", action="store_true", help="replace an existing RUN/seg.pt")
+    args = data.parse(parser, STAGE, argv)
+    if not (args.data and args.run):
+        parser.error("--data and --run are needed")
+    return args
+
+
+class MaskedImages(Dataset):
+    """(index, draw) -> image (3, S, S) uint8 and mask (S, S) int64, scaled, flipped and cropped."""
+
+    def __init__(self, folder, ids, masks, crop, seed, fill):
+        self.folder, self.ids, self.masks = folder, ids, masks
+        self.crop, self.seed, self.fill = crop, seed, fill
+        for image_id in ids:
+            if not (masks / f"{image_id}.png").is_file():
+                raise DataError(f"{masks}/{image_id}.png not found: run make_pseudo.py first")
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, item):
+        index, draw = item
+        image = data.read_image(self.folder.image_path(self.ids[index]))
+        mask = data.read_mask(self.masks / f"{self.ids[index]}.png", len(self.folder.classes), image.size)
+        rng = np.random.default_rng([self.seed, draw])
+        scale = rng.uniform(*SCALES)
+        size = [max(1, round(side * scale)) for side in image.size]
+        image = image.resize(size, Image.Resampling.BILINEAR)
+        mask = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
+        # a window of crop x crop at random; what lies outside the image is filled and ignored
+        left, top = (int(rng.integers(min(0, side - self.crop), max(0, side - self.crop) + 1))
+                     for side in size)
+        window = (left, top, left + self.crop, top + self.crop)
+        canvas = Image.new("RGB", (self.crop, self.crop), self.fill)
+        canvas.paste(image, (-left, -top))
+        target = Image.new("L", (self.crop, self.crop), IGNORE)
+        target.paste(mask, (-left, -top))
+        pixels, labels = data.to_tensor(canvas), torch.from_numpy(np.array(target, dtype=np.int64))
+        return (pixels.flip(2), labels.flip(1)) if rng.random() < 0.5 else (pixels, labels)
+
+
+def parameter_groups(model, lr):
+    """SGD's groups: backbone, ASPP weights at 10 times its rate, ASPP biases at 20, without decay."""
+    named = [(name, p) for name, p in model.aspp.named_parameters()]
+    return [
+        dict(params=[p for p in model.backbone.parameters() if p.requires_grad], base_lr=lr),
+        dict(params=[p for name, p in named if name.endswith("weight")], base_lr=ASPP_WEIGHT_LR * lr),
+        dict(params=[p for name, p in named if name.endswith("bias")], base_lr=ASPP_BIAS_LR * lr,
+             weight_decay=0.0),
+    ]
+
+
+def poly(step, iterations):
+    """The factor that the poly schedule puts on every rate at this step, from 1 to 0."""
+    return (1 - step / iterations) ** POLY_POWER
+
+
+def multi_scale_loss(outputs, masks, world=1):
+    """Sum over DeepLabv2's outputs of the mean cross-entropy over pixels that are not 255.
+
+    masks (B, H, W) int64 are resized to each output by nearest neighbour. With several ranks the
+    mean is over the pixels of all of them, so that the gradient is that of one process.
+    """
+    sizes = [logits.shape[-2:] for logits in outputs]
+    targets = [F.interpolate(masks[:, None].float(), size, mode="nearest-exact")[:, 0].long()
+               for size in sizes]
+    pixels = torch.stack([(target != IGNORE).sum() for target in targets]).float()
+    if world > 1:
+        dist.all_reduce(pixels)
+        pixels /= world  # DistributedDataParallel averages the gradients over the ranks
+    sums = torch.stack([F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+                        for logits, target in zip(outputs, targets)])
+    return (sums / pixels.clamp(min=1)).sum()
+
+
+def validate(model, folder, ids, args, device):
+    """mIoU over the first images of the split, without CRF; None where there is no ground truth."""
+    C = len(folder.classes)
+    confusion = np.zeros((C, C + 1), np.int64)
+    for image_id in ids[:args.val_images]:
+        if folder.mask_path(image_id).is_file():
+            image = data.read_image(folder.image_path(image_id))
+            truth = data.read_mask(folder.mask_path(image_id), C, image.size)
+            mask = predict(predict_logits(model, image, device, args.amp), image)
+            confusion += data.confusion_matrix(mask, truth, C)
+    return float(np.nanmean(data.iou_per_class(confusion))) if confusion.any() else None
+
+
+def set_train(model, freeze_bn):
+    """Training mode; with freeze_bn the batch norms stay as the ImageNet weights have them."""
+    model.train()
+    if freeze_bn:
+        model.freeze_batch_norm()
+
+
+def main(args):
+    device, rank, world = join_processes()
+    path = args.run / "seg.pt"
+    if path.exists() and not (args.resume or args.overwrite):
+        raise DataError(f"{path} exists: --resume goes on, --overwrite starts anew, --run elsewhere")
+    checkpoint = load_checkpoint(path, "seg") if args.resume and path.exists() else None
+
+    # --- model ---
+    folder = Folder(args.data)
+    torch.manual_seed(args.seed)
+    config = SegmenterConfig(len(folder.classes), args.backbone)
+    scratch = checkpoint is not None or args.backbone == "resnet_toy" or not args.pretrained
+    model = DeepLabv2(config, not scratch, None if checkpoint else args.weights).to(device)
+    set_train(model, args.freeze_bn)
+    optimizer = torch.optim.SGD(parameter_groups(model, args.lr), lr=args.lr, momentum=MOMENTUM,
+                                weight_decay=WEIGHT_DECAY)
+    step = 0
+    if checkpoint:
+        check_resume(checkpoint, args, path)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step = checkpoint["step"]
+        if step == args.iterations:
+            print(f"{STAGE}  {path} is complete: {step} iterations")
+    network = DistributedDataParallel(model) if world > 1 else model
+
+    # --- data ---
+    ids = folder.ids(args.train_split)
+    val_ids = [] if args.val_split == "none" else folder.ids(args.val_split)
+    fill = tuple((255 * model.normalise.mean).round().int().flatten().tolist())
+    dataset = MaskedImages(folder, ids, args.masks or args.run / "pseudo", args.crop, args.seed, fill)
+    loader = DataLoader(dataset, num_workers=args.workers, pin_memory=device.type == "cuda",
+                        batch_sampler=data.batches(len(ids), args.batch_size, args.seed, step,
+                                                   args.iterations, rank, world))
+
+    # --- train ---
+    progress = tqdm(loader, initial=step, total=args.iterations, disable=None if rank == 0 else True)
+    losses, began = [], time.time()
+    for images, masks in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * poly(step, args.iterations)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            outputs = network(images.to(device, non_blocking=True) / 255)
+        loss = multi_scale_loss(outputs, masks.to(device, non_blocking=True), world)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise DataError(f"the loss is {losses[-1]} at iteration {step}: lower --lr; {path} keeps "
+                            "the last save")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
+        speed = len(losses) * args.batch_size / (time.time() - began)
+        lr = optimizer.param_groups[0]["lr"]
+        progress.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{lr:.1e}", images_s=f"{speed:.0f}")
+        if step % args.save_every and step != args.iterations:
+            continue
+
+        # --- save, score, log ---
+        mean_loss = torch.tensor(losses, device=device).mean() / world
+        if world > 1:
+            dist.all_reduce(mean_loss)
+        if rank == 0:
+            miou = validate(model, folder, val_ids, args, device)
+            set_train(model, args.freeze_bn)
+            save_checkpoint(path, "seg", model, classes=folder.classes, step=step,
+                            args={k: str(v) if isinstance(v, Path) else v for k, v in
+                                  vars(args).items()}, optimizer=optimizer.state_dict())
+            data.log(args.run, STAGE, iteration=step, of=args.iterations, loss=float(mean_loss),
+                     lr=lr, val_miou=miou, images_s=speed)
+        losses, began = [], time.time()
+
+
+if __name__ == "__main__":
+    data.run(main, parse_args())
