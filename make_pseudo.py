@@ -34,9 +34,9 @@ PROB_FLOOR = 1e-5  # the CRF's unary energy is -log(p): keeps it finite
 def add_crf_flags(parser):
     """The CRF's constants, as flags; crf_settings(args) hands them to dense_crf."""
     parser.add_argument("--crf-iterations", type=int, default=10, help="mean-field iterations")
-    parser.add_argument("--crf-sxy", type=float, help="bilateral kernel: standard deviation in pixels")
-    parser.add_argument("--crf-srgb", type=float, help="bilateral kernel: in RGB levels of 0 to 255")
-    parser.add_argument("--crf-compat", type=float, help="bilateral kernel: weight of the Potts term")
+    parser.add_argument("--crf-sxy", type=float, default=67, help="bilateral kernel: standard deviation in pixels")
+    parser.add_argument("--crf-srgb", type=float, default=3, help="bilateral kernel: in RGB levels of 0 to 255")
+    parser.add_argument("--crf-compat", type=float, default=4, help="bilateral kernel: weight of the Potts term")
 
 
 def crf_settings(args):

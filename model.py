@@ -34,7 +34,8 @@ def vit_toy(pretrained=False, **kwargs):
 @register_model
 def resnet_toy(pretrained=False, **kwargs):
     """timm's ResNet with one basic block a stage and few channels, trained from scratch."""
-    size = dict(block=BasicBlock, layers=(1, 1, 1, 1), channels=(32, 64, 96, 128))
+    size = dict(block=BasicBlock, layers=(1, 1, 1, 1), channels=(32, 64, 64, 96),
+                stem_type="deep", stem_width=16)
     return build_model_with_cfg(ResNet, "resnet_toy", pretrained, **size | kwargs)
 
 

@@ -141,13 +141,18 @@ def validate(model, dataset, args, device):
     return multi_label_scores(torch.cat(scores).numpy(), dataset.labels.numpy())
 
 
+def plain(args):
+    """The arguments of a run as checkpoints keep them: paths as strings."""
+    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+
+
 def check_resume(checkpoint, args, path):
     """Refuse to go on with other settings than those that the checkpoint was made with."""
     free = {"data", "run", "workers", "amp", "resume", "overwrite", "weights", "pretrained", "preset"}
     for name, old in checkpoint["args"].items():
-        if name not in free and vars(args).get(name) != old:
+        if name not in free and plain(args).get(name) != old:
             raise DataError(f"{path} was made with --{name.replace('_', '-')} {old}, now it is "
-                            f"{vars(args).get(name)}: choose another --run, or --overwrite")
+                            f"{plain(args).get(name)}: choose another --run, or --overwrite")
 
 
 def main(args):
@@ -178,6 +183,8 @@ def main(args):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step = checkpoint["epoch"] * steps_per_epoch
+        if step == last_step:
+            print(f"{STAGE}  {path} is complete: {args.epochs} epochs")
 
     # --- train ---
     loader = DataLoader(dataset, num_workers=args.workers, pin_memory=device.type == "cuda",
@@ -219,8 +226,7 @@ def main(args):
         if rank == 0:
             f1, mean_ap = validate(model, val, args, device) if val else (None, None)
             save_checkpoint(path, "cls", model, classes=folder.classes, epoch=epoch + 1,
-                            args={k: str(v) if isinstance(v, Path) else v for k, v in
-                                  vars(args).items()}, optimizer=optimizer.state_dict())
+                            args=plain(args), optimizer=optimizer.state_dict())
             data.log(args.run, STAGE, epoch=epoch + 1, of=args.epochs, loss=float(mean_loss),
                      lr=group["lr"], val_f1=f1, val_map=mean_ap, images_s=speed)
         losses, began = [], time.time()

@@ -25,7 +25,7 @@ import data
 from data import IGNORE, DataError, Folder
 from evaluate import predict, predict_logits
 from model import DeepLabv2, SegmenterConfig, join_processes, load_checkpoint, save_checkpoint
-from train_cls import check_resume
+from train_cls import check_resume, plain
 
 STAGE = "train_seg"
 SCALES = (0.5, 1.5)  # range of the random rescaling
@@ -213,8 +213,7 @@ def main(args):
             miou = validate(model, folder, val_ids, args, device)
             set_train(model, args.freeze_bn)
             save_checkpoint(path, "seg", model, classes=folder.classes, step=step,
-                            args={k: str(v) if isinstance(v, Path) else v for k, v in
-                                  vars(args).items()}, optimizer=optimizer.state_dict())
+                            args=plain(args), optimizer=optimizer.state_dict())
             data.log(args.run, STAGE, iteration=step, of=args.iterations, loss=float(mean_loss),
                      lr=lr, val_miou=miou, images_s=speed)
         losses, began = [], time.time()

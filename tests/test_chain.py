@@ -1,0 +1,260 @@
+"""The scripts as a person runs them: the whole chain, interruptions, several ranks, bad input."""
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import make_pseudo
+import train_cls
+import train_seg
+from data import DataError
+
+ROOT = Path(__file__).parent.parent
+CLS = ("--epochs", "2", "--batch-size", "4")
+SEG = ("--iterations", "6", "--save-every", "3", "--batch-size", "4", "--val-images", "4")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def in_process(module, *arguments):
+    module.main(module.parse_args([str(a) for a in arguments]))
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def assert_same_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def masks(folder):
+    found = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    assert found
+    return found
+
+
+@pytest.fixture(scope="session")
+def run(toy, tmp_path_factory, script):
+    """The four stages, each in a process of its own, on the tiny toy data set."""
+    run = tmp_path_factory.mktemp("runs") / "first"
+    where = ("--data", toy, "--run", run)
+    script("train_cls.py", *where, *CLS)
+    outputs = [script("make_pseudo.py", *where)[1]]
+    script("train_seg.py", *where, *SEG)
+    outputs.append(script("evaluate.py", *where)[1])
+    return run, "".join(outputs)
+
+
+def test_the_chain_writes_what_the_readme_says(run, toy):
+    run, output = run
+    ids = (toy / "ImageSets/Segmentation/train.txt").read_text().split()
+    assert set(masks(run / "bpm")) == set(masks(run / "pseudo")) == {f"{i}.png" for i in ids}
+    assert len(masks(run / "pred")) == 8
+    results = json.loads((run / "results.json").read_text())
+    assert (results["split"], results["num_images"]) == ("test", 8)
+    assert results["crf"] is False and results["image_labels_used"] is False and results["seed"] == 0
+    assert list(results["iou"]) == data.TOY_CLASSES and set(results["part_recall"]) == {"body", "head"}
+    assert f"mIoU {100 * results['miou']:.2f} %" in output
+    assert "BPM, CPF-CTE w/o CRF in Table 1" in output and "CRF, CPF-CTE in Table 1" in output
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == 2 * ["train_cls"] + 2 * ["make_pseudo"] + 2 * ["train_seg"]
+    with Image.open(run / "figure.png") as figure:
+        assert figure.width > 700 and figure.height > 700
+    cls = torch.load(run / "cls.pt", weights_only=True)
+    assert cls["config"]["class_tokens"] == "soft" and cls["epoch"] == 2 and cls["classes"]
+
+
+def test_scores_agree_with_a_count_over_the_written_files(run, toy):
+    run, _ = run
+    results = json.loads((run / "results.json").read_text())
+    truth, guess = [], []
+    for path in (run / "pred").glob("*.png"):
+        truth.append(np.array(Image.open(toy / "SegmentationClass" / path.name)).ravel())
+        guess.append(np.array(Image.open(path)).ravel())
+    truth, guess = np.concatenate(truth), np.concatenate(guess)
+    for label, (name, iou) in enumerate(results["iou"].items()):
+        both = ((truth == label) & (guess == label)).sum()
+        either = ((truth == label) | ((guess == label) & (truth != 255))).sum()
+        assert iou is None if not (truth == label).any() else iou == pytest.approx(both / either)
+    assert results["pixel_accuracy"] == pytest.approx((truth == guess)[truth != 255].mean())
+
+
+def test_same_seed_same_numbers_and_training_sees_no_mask(run, toy, toy_copy, tmp_path, script):
+    first, second = run[0], tmp_path / "second"
+    shutil.rmtree(toy_copy / "SegmentationClass")
+    shutil.rmtree(toy_copy / "Parts")
+    script("train_cls.py", "--data", toy_copy, "--run", second, *CLS, "--workers", "0")
+    script("make_pseudo.py", "--data", toy_copy, "--run", second, "--workers", "0")
+    assert_same_weights(first / "cls.pt", second / "cls.pt")
+    for out in ("bpm", "pseudo"):
+        assert masks(first / out) == masks(second / out)
+    script("train_seg.py", "--data", toy, "--run", second, *SEG, "--workers", "1")
+    script("evaluate.py", "--data", toy, "--run", second, "--workers", "0")
+    a, b = (json.loads((r / "results.json").read_text()) for r in (first, second))
+    assert a.pop("masks") != b.pop("masks") and a == b
+
+
+def test_folders_of_masks_know_how_they_were_made(run, toy, capsys):
+    run, _ = run
+    for out, crf in (("bpm", False), ("pseudo", True)):
+        in_process(evaluate, "--data", toy, "--masks", run / out, "--split", "train")
+        results = json.loads((run / out / "results.json").read_text())
+        assert results["crf"] is crf and results["image_labels_used"] is True
+        assert results["split"] == "train" and results["num_images"] == 24
+    in_process(evaluate, "--data", toy, "--masks", toy / "SegmentationClass", "--split", "val")
+    assert "mIoU 100.00 %" in capsys.readouterr().out
+    (toy / "SegmentationClass/results.json").unlink()
+
+
+def test_anybodys_photo(run, tmp_path):
+    Image.new("CMYK", (130, 75), (20, 90, 10, 0)).save(tmp_path / "photo.jpg")
+    out = tmp_path / "photo.png"
+    in_process(evaluate, "--run", run[0], "--image", tmp_path / "photo.jpg", "--out", out, "--crf")
+    assert data.read_mask(out, 9).shape == (75, 130)
+    assert Image.open(tmp_path / "photo_overlay.png").width == 130
+
+
+# --- interruptions -----------------------------------------------------------------------------
+
+def kill_after(line, *arguments):
+    """Run a script and kill it, without a chance to clean up, once it has printed a line."""
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    for output in process.stdout:
+        if line in output:
+            break
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_a_killed_classifier_goes_on_to_the_same_weights(toy, tmp_path):
+    settings = ("--data", toy, "--epochs", "3", "--batch-size", "4", "--dropout", "0.2",
+                "--frozen-epochs", "1", "--train-blocks", "2", "--augment", "flip", "jitter")
+    in_process(train_cls, *settings, "--run", tmp_path / "whole")
+    kill_after("epoch 2", "train_cls.py", *settings, "--run", tmp_path / "killed")
+    before = torch.load(tmp_path / "killed/cls.pt", weights_only=True)["epoch"]
+    assert before == 2
+    with pytest.raises(DataError, match="--resume"):
+        in_process(train_cls, *settings, "--run", tmp_path / "killed")
+    with pytest.raises(DataError, match="--pool topk, now it is max"):
+        in_process(train_cls, *settings, "--run", tmp_path / "killed", "--resume", "--pool", "max")
+    in_process(train_cls, *settings, "--run", tmp_path / "killed", "--resume")
+    assert_same_weights(tmp_path / "whole/cls.pt", tmp_path / "killed/cls.pt")
+
+
+def test_a_killed_segmenter_goes_on_to_the_same_weights(run, toy, tmp_path):
+    settings = ("--data", toy, "--masks", run[0] / "pseudo", *SEG)
+    in_process(train_seg, *settings, "--run", tmp_path / "whole")
+    kill_after("iteration 3", "train_seg.py", *settings, "--run", tmp_path / "killed")
+    in_process(train_seg, *settings, "--run", tmp_path / "killed", "--resume")
+    assert_same_weights(tmp_path / "whole/seg.pt", tmp_path / "killed/seg.pt")
+
+
+def test_masks_are_skipped_not_mixed_and_overwritten_on_request(run, toy, tmp_path):
+    here = shutil.copytree(run[0], tmp_path / "run")
+    command = (make_pseudo, "--data", toy, "--run", here, "--workers", "0")
+    written = masks(here / "pseudo")
+    removed, kept = sorted(written)[:2]
+    (here / "pseudo" / removed).unlink()
+    Image.new("L", (96, 96)).save(here / "pseudo" / kept)
+    in_process(*command)
+    again = masks(here / "pseudo")
+    assert again[removed] == written[removed] and again[kept] != written[kept]
+    with pytest.raises(DataError, match="--overwrite"):
+        in_process(*command, "--size", "128")
+    in_process(*command, "--overwrite", "--no-crf")
+    assert masks(here / "bpm") == masks(run[0] / "bpm") and masks(here / "pseudo") == again
+    in_process(*command, "--overwrite")
+    assert masks(here / "pseudo") == written
+
+
+# --- several ranks -----------------------------------------------------------------------------
+
+def losses(run):
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_ranks_train_the_classifier_as_one_process_does(toy, tmp_path, script):
+    settings = ("--data", toy, *CLS, "--dropout", "0", "--frozen-epochs", "1")
+    script(*TORCHRUN, "train_cls.py", *settings, "--run", tmp_path / "two", "--workers", "1",
+           env={"OMP_NUM_THREADS": "1"})
+    in_process(train_cls, *settings, "--run", tmp_path / "one")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    for key, value in weights(tmp_path / "one/cls.pt").items():
+        torch.testing.assert_close(weights(tmp_path / "two/cls.pt")[key], value, atol=1e-3, rtol=1e-2)
+
+
+def test_two_ranks_train_the_segmenter_as_one_process_does(run, toy, tmp_path, script):
+    settings = ("--data", toy, "--masks", run[0] / "pseudo", *SEG, "--freeze-bn", "--lr", "1e-3")
+    script(*TORCHRUN, "train_seg.py", *settings, "--run", tmp_path / "two", "--workers", "1",
+           env={"OMP_NUM_THREADS": "1"})
+    in_process(train_seg, *settings, "--run", tmp_path / "one")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_two_ranks_write_the_masks_of_one_process(run, toy, tmp_path, script):
+    (tmp_path / "two").mkdir()
+    shutil.copy(run[0] / "cls.pt", tmp_path / "two")
+    script(*TORCHRUN, "make_pseudo.py", "--data", toy, "--run", tmp_path / "two",
+           env={"OMP_NUM_THREADS": "1"})
+    assert masks(tmp_path / "two/pseudo").keys() == masks(run[0] / "pseudo").keys()
+    for out in ("bpm", "pseudo"):
+        differ = [np.mean(np.array(Image.open(tmp_path / "two" / out / name)) !=
+                          np.array(Image.open(run[0] / out / name))) for name in masks(run[0] / out)]
+        assert np.mean(differ) < 1e-3  # other batches, other rounding
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+def test_a_mistake_ends_with_one_line_and_no_traceback(toy_copy, tmp_path, script):
+    victim = sorted((toy_copy / "JPEGImages").glob("train_*.jpg"))[5]
+    victim.write_bytes(victim.read_bytes()[:1500])
+    for arguments, words in (
+            (("train_cls.py", "--data", tmp_path / "none", "--run", tmp_path), "none not found"),
+            (("make_pseudo.py", "--data", toy_copy, "--run", tmp_path), "run train_cls.py first"),
+            (("train_cls.py", "--data", toy_copy, "--run", tmp_path / "r", *CLS), victim.name)):
+        code, output = script(*arguments, check=False)
+        assert code == 1 and "Traceback" not in output, output
+        assert len(output.strip().splitlines()) == 1 and words in output, output
+
+
+def test_each_mistake_of_the_later_stages_is_named(run, toy, toy_copy, tmp_path):
+    run = shutil.copytree(run[0], tmp_path / "run")
+    where = ("--run", run, "--workers", "0", "--data")
+    with pytest.raises(DataError, match="missing.txt not found"):
+        in_process(evaluate, *where, toy, "--split", "missing")
+    with pytest.raises(DataError, match="seg.pt not found: run train_seg.py first"):
+        in_process(evaluate, "--data", toy, "--run", tmp_path / "empty")
+    shutil.copy(run / "seg.pt", run / "cls.pt")
+    with pytest.raises(DataError, match="no cls checkpoint but seg"):
+        in_process(make_pseudo, *where, toy)
+    name = "test_00000.png"
+    for pixels, words in ((np.full((96, 96), 77), "value 77"), (np.zeros((90, 96)), "96x90")):
+        Image.fromarray(pixels.astype(np.uint8)).save(run / "pred" / name)
+        with pytest.raises(DataError, match=f"{name}.*{words}"):
+            in_process(evaluate, "--data", toy, "--masks", run / "pred", "--split", "test")
+    (toy_copy / "classes.txt").write_text("background\nbeetle\n")
+    with pytest.raises(DataError, match="other classes"):
+        in_process(evaluate, *where, toy_copy)
+    shutil.rmtree(toy_copy / "SegmentationClass")
+    (toy_copy / "classes.txt").write_text("\n".join(data.TOY_CLASSES))
+    with pytest.raises(DataError, match="no ground truth"):
+        in_process(evaluate, "--data", toy_copy, "--masks", run / "pred", "--split", "test")
+
+
+def test_an_image_whose_training_mask_has_another_size(run, toy, tmp_path):
+    bad = shutil.copytree(run[0] / "pseudo", tmp_path / "masks")
+    for path in bad.glob("*.png"):
+        Image.new("L", (90, 96)).save(path)
+    with pytest.raises(DataError, match="is 90x96, its image 96x96"):
+        in_process(train_seg, "--data", toy, "--run", tmp_path, "--masks", bad, *SEG)

@@ -1,0 +1,83 @@
+"""Pseudo masks and the dense CRF, against hand calculations and a direct O(N^2) mean field."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import make_pseudo
+from make_pseudo import dense_crf, in_parallel, present_probs, upsample
+
+
+def test_absent_classes_go_and_each_class_is_divided_by_its_maximum():
+    Y = torch.tensor([[[0.6, 0.3, 0.1], [0.1, 0.5, 0.4]]])  # one row of two patches, three classes
+    present, maps = present_probs(Y, torch.tensor([1.0, 0.0, 1.0]))
+    assert present.tolist() == [0, 2]
+    scaled = np.array([[0.6 / 0.6, 0.1 / 0.6], [0.1 / 0.4, 0.4 / 0.4]])
+    np.testing.assert_allclose(maps[:, 0], scaled / scaled.sum(0), rtol=1e-5)
+    _, plain = present_probs(Y, torch.tensor([1.0, 0.0, 1.0]), max_norm=False)
+    np.testing.assert_allclose(plain[:, 0], [[0.6 / 0.7, 0.1 / 0.5], [0.1 / 0.7, 0.4 / 0.5]], rtol=1e-5)
+
+
+def test_upsampling_is_bilinear_as_pillow_does_it():
+    maps = torch.rand(2, 5, 7)
+    for result, plane in zip(upsample(maps, 20, 35), maps):
+        expected = Image.fromarray(plane.numpy()).resize((35, 20), Image.Resampling.BILINEAR)
+        np.testing.assert_allclose(result, np.array(expected), atol=1e-5)
+
+
+def exact_mean_field(image, probs, iterations, kernels):
+    """Krähenbühl & Koltun's mean field with every pair of pixels visited; float64.
+
+    kernels: (weight, spatial deviation, colour deviation or None); each kernel matrix is normalised
+    symmetrically, and a pixel sends no message to itself only through the Potts term's constant.
+    """
+    C, H, W = probs.shape
+    y, x = np.mgrid[:H, :W]
+    place = np.stack([x.ravel(), y.ravel()], 1).astype(float)
+    colour = image.reshape(-1, 3).astype(float)
+    message_matrix = 0
+    for weight, sxy, srgb in kernels:
+        feature = place / sxy if srgb is None else np.hstack([place / sxy, colour / srgb])
+        distance = ((feature[:, None] - feature[None]) ** 2).sum(-1)
+        K = np.exp(-distance / 2)
+        scale = 1 / np.sqrt(K.sum(1))
+        message_matrix = message_matrix + weight * scale[:, None] * K * scale[None]
+    unary = -np.log(np.maximum(probs.reshape(C, -1), make_pseudo.PROB_FLOOR)).astype(float)
+    def softmax(energy):
+        e = np.exp(-(energy - energy.min(0)))
+        return e / e.sum(0)
+    Q = softmax(unary)
+    for _ in range(iterations):
+        Q = softmax(unary - Q @ message_matrix)
+    return Q.reshape(C, H, W)
+
+
+@pytest.mark.parametrize("sxy, srgb, compat", [(67, 3, 4), (10, 13, 10)])
+def test_crf_against_the_direct_mean_field(sxy, srgb, compat):
+    rng = np.random.default_rng(0)
+    image = np.full((24, 30, 3), (40, 90, 160), np.uint8)
+    image[6:18, 8:24] = (200, 60, 30)  # dark and bright values, red and blue apart
+    image = (image + rng.integers(-3, 4, image.shape)).astype(np.uint8)
+    probs = rng.dirichlet((2, 2, 2), (24, 30)).transpose(2, 0, 1).astype(np.float32)
+    probs[1, 6:18, 8:24] += 0.5
+    probs /= probs.sum(0)
+    result = dense_crf(image, probs, bilateral_sxy=sxy, bilateral_srgb=srgb, bilateral_compat=compat)
+    exact = exact_mean_field(image, probs, 10, [(3, 1, None), (compat, sxy, srgb)])
+    assert result.shape == probs.shape and result.dtype == np.float32
+    np.testing.assert_allclose(result.sum(0), 1, atol=1e-4)
+    assert (result.argmax(0) != probs.argmax(0)).mean() > 0.1  # there was something to refine
+    # the permutohedral lattice approximates the Gaussians: a few pixels near a tie may differ
+    assert (result.argmax(0) == exact.argmax(0)).mean() > 0.97
+    assert np.abs(result - exact).mean() < 0.03
+
+
+def test_crf_with_one_class_and_without_iterations():
+    image = np.zeros((4, 5, 3), np.uint8)
+    assert dense_crf(image, np.ones((1, 4, 5), np.float32)).min() == 1
+    probs = np.random.default_rng(0).dirichlet((1, 1), (4, 5)).transpose(2, 0, 1).astype(np.float32)
+    np.testing.assert_allclose(dense_crf(image, probs, iterations=0), probs, atol=1e-4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_jobs_in_parallel_keep_their_order(workers):
+    assert list(in_parallel(abs, iter(range(-40, 0)), workers)) == list(range(40, 0, -1))
