@@ -3,10 +3,10 @@
 Run:    python data.py toy --root data/toy                             (8 s, nothing is downloaded)
         python data.py voc --root data/VOC2012 [--sbd DIR] [--download]
 Writes: ROOT/JPEGImages/ID.jpg                    the images, RGB
-        ROOT/SegmentationClass/ID.png             palette masks: 0 background, 255 ignore (scoring only)
+        ROOT/SegmentationClass/ID.png             palette masks to score: 0 background, 255 ignore
         ROOT/ImageSets/Segmentation/SPLIT.txt     one id a line
         ROOT/classes.txt                          one class name a line, background first
-        ROOT/image_labels.txt                     "ID name name ...": all the supervision that training sees
+        ROOT/image_labels.txt                     "ID name name ...": all that training is told
         ROOT/preset.txt                           which row of PRESETS below the stages start from
         ROOT/Parts/ID.png, Parts/names.txt        toy only: 1 body, 2 head
 Any folder like that is a data set; nothing downstream knows which one it is.
@@ -29,7 +29,7 @@ from tqdm import tqdm
 IGNORE = 255  # the mask value that is never trained on and never scored
 
 # What a data set changes; each value is the default of the flag of that name, and the flag wins.
-# Where a row names no value, the stage's own default stands: the paper's (or ViT-PCM's, see README).
+# Where a row names no value, the stage's own default stands: the paper's, or ViT-PCM's (README).
 VIT_B = "vit_base_patch16_384.augreg_in21k_ft_in1k"
 PRESETS = {
     "voc": {
@@ -45,15 +45,15 @@ PRESETS = {
     "toy": {
         "train_cls": dict(train_split="train", val_split="val", backbone="vit_toy", size=96,
                           epochs=8, batch_size=8, frozen_epochs=0, train_blocks=4,
-                          schedule="cosine", lr=1e-3, late_lr=0.0, dropout=0.0, augment=["flip"]),
-        "make_pseudo": dict(split="train", size=96),
+                          schedule="cosine", lr=5e-4, late_lr=0.0, dropout=0.0, augment=["flip"]),
+        "make_pseudo": dict(split="train", size=96, crf_sxy=10, crf_srgb=13),  # found on val
         "train_seg": dict(train_split="train", val_split="val", backbone="resnet_toy",
                           crop=96, batch_size=10, iterations=1200, save_every=300, lr=2e-2,
                           freeze_bn=False),
-        "evaluate": dict(split="test"),
+        "evaluate": dict(split="test", crf_sxy=10, crf_srgb=13),
     },
 }
-PRESETS["coco"] = {  # as voc; 100,000 iterations is the COCO setting of the public DeepLabv2 in PyTorch
+PRESETS["coco"] = {  # as voc; 100,000 iterations is the public PyTorch DeepLabv2's COCO setting
     **PRESETS["voc"],
     "train_cls": PRESETS["voc"]["train_cls"] | dict(train_split="train"),
     "make_pseudo": PRESETS["voc"]["make_pseudo"] | dict(split="train"),
@@ -82,13 +82,14 @@ def run(main, args):
 
 def stage_parser(doc):
     """The flags that all four stages share; parse() fills the defaults that a preset gives."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=type("Formatter", (argparse.RawDescriptionHelpFormatter,
-                                                            argparse.ArgumentDefaultsHelpFormatter), {}))
+    class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        """The docstring as it stands, and each flag's default."""
+
+    parser = argparse.ArgumentParser(description=doc, formatter_class=Help)
     parser.add_argument("--data", type=Path, help="data set folder, laid out as data.py says")
     parser.add_argument("--run", type=Path, help="folder that this and the other stages write to")
-    parser.add_argument("--preset", choices=PRESETS, help="row of PRESETS in data.py that gives the "
-                        "defaults; without this flag DATA/preset.txt names it, else it is voc")
+    parser.add_argument("--preset", choices=PRESETS, help="row of PRESETS in data.py that gives "
+                        "the defaults; without this flag DATA/preset.txt names it, else it is voc")
     parser.add_argument("--workers", type=int, default=2, help="processes that load images or run "
                         "the CRF beside the network; 0: none. The results do not depend on it")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction,
@@ -97,7 +98,21 @@ def stage_parser(doc):
     return parser
 
 
-def parse(parser, stage, argv=None):
+def training_parser(doc):
+    """stage_parser, and the flags that the two stages which train share."""
+    parser = stage_parser(doc)
+    add = parser.add_argument
+    add("--weights", help="local copy of the backbone's timm weights, instead of the hub's")
+    add("--no-pretrained", dest="pretrained", action="store_false",
+        help="start from random weights")
+    add("--seed", type=int, default=0, help="of the weights, the order and the augmentation")
+    add("--resume", action="store_true",
+        help="go on from RUN's checkpoint exactly as if never interrupted")
+    add("--overwrite", action="store_true", help="replace RUN's checkpoint if there is one")
+    return parser
+
+
+def parse(parser, stage, argv=None, needed=("data", "run")):
     """Parse argv with the defaults that --preset, or DATA/preset.txt, gives to this stage."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--data", type=Path)
@@ -113,7 +128,11 @@ def parse(parser, stage, argv=None):
             if not (known.data / "ImageSets/Segmentation/trainaug.txt").exists():
                 defaults[flag] = "train"
     parser.set_defaults(preset=preset, **defaults)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in needed:
+        if getattr(args, name) is None:
+            parser.error(f"--{name} is needed")
+    return args
 
 
 @contextmanager
@@ -145,7 +164,7 @@ class Folder:
     def __init__(self, root):
         self.root = Path(root)
         if not self.root.is_dir():
-            raise DataError(f"{root} not found: `python data.py toy --root {root}` makes a data set")
+            raise DataError(f"{root} not found: `python data.py toy --root {root}` makes one")
         self.classes = self._lines("classes.txt")
         for name in self.classes:
             if len(name.split()) != 1:
@@ -168,7 +187,8 @@ class Folder:
     def image_labels(self, image_id):
         """(C,) float32, 1 for each class that image_labels.txt names; background is always 1."""
         if self._labels is None:
-            self._labels = {i: names for i, *names in map(str.split, self._lines("image_labels.txt"))}
+            lines = map(str.split, self._lines("image_labels.txt"))
+            self._labels = {image_id: names for image_id, *names in lines}
         names, where = self._labels.get(image_id), self.root / "image_labels.txt"
         if not names:
             raise DataError(f"{where}: no label for {image_id}: add '{image_id} NAME ...' "
@@ -202,7 +222,7 @@ def read_image(path):
 
 
 def read_mask(path, num_classes, size=None):
-    """(H, W) uint8 from a palette or grey PNG; size, if given, is the (width, height) it must have."""
+    """(H, W) uint8 from a palette or grey PNG; size: the (width, height) that it must have."""
     if not Path(path).is_file():
         raise DataError(f"{path} not found")
     try:
@@ -211,7 +231,7 @@ def read_mask(path, num_classes, size=None):
     except (OSError, SyntaxError) as error:
         raise DataError(f"{path} cannot be read ({error})")
     if mode not in ("P", "L"):
-        raise DataError(f"{path} is a {mode} image: a mask is a palette (or grey) PNG of class numbers")
+        raise DataError(f"{path} is a {mode} image: a mask is a palette or grey PNG")
     if size is not None and mask.shape != (size[1], size[0]):
         raise DataError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, its image {size[0]}x{size[1]}")
     unknown = set(np.unique(mask).tolist()) - {*range(num_classes), IGNORE}
@@ -252,9 +272,9 @@ def batches(num_images, batch_size, seed, start, stop, rank=0, world=1):
     seed and step alone: not on the number of workers or ranks, nor on where a run was interrupted.
     """
     if num_images < batch_size:
-        raise DataError(f"{num_images} training images cannot fill --batch-size {batch_size}: lower it")
+        raise DataError(f"{num_images} images cannot fill --batch-size {batch_size}: lower it")
     if batch_size % world:
-        raise DataError(f"--batch-size {batch_size} (over all ranks) is not a multiple of {world} ranks")
+        raise DataError(f"--batch-size {batch_size} is not a multiple of {world} ranks")
     a_pass = num_images // batch_size
     for step in range(start, stop):
         if step == start or step % a_pass == 0:
@@ -288,8 +308,8 @@ def iou_per_class(confusion):
 
 
 # --- toy: the embedded data set, "beetles" -----------------------------------------------------
-# A beetle's class is the pair (pattern of its body, colour of its head), so neither a body patch nor
-# a head patch alone tells the class: context has to carry it from one to the other (Sec. 0.3.3).
+# A beetle's class is the pair (pattern of its body, colour of its head): neither a body patch nor a
+# head patch alone tells the class, so context has to carry it from one to the other (Sec. 0.3.3).
 
 TOY_SIZE = 96  # pixels a side
 TOY_SEED = 2601_14718
@@ -337,7 +357,7 @@ def toy_shape(rng):
 
 
 def toy_scene(split, index):
-    """One scene, a pure function of (split number, index): image (96, 96, 3), mask, parts: uint8."""
+    """Scene `index` of split 0, 1 or 2: image (96, 96, 3), mask and parts (96, 96), all uint8."""
     shapes, colours = (np.random.default_rng([TOY_SEED, split, index, use]) for use in (0, 1))
     image = toy_background(colours)
     mask, parts, owner = (np.zeros((TOY_SIZE, TOY_SIZE), np.uint8) for _ in range(3))
@@ -376,8 +396,8 @@ def make_toy(root, num):
 
 # --- VOC 2012 ----------------------------------------------------------------------------------
 
-VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog "
-               "horse motorbike person pottedplant sheep sofa train tvmonitor").split()
+VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
+               "dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()
 VOC_COUNTS = {"train": 1464, "val": 1449, "trainaug": 10582}
 
 
@@ -388,7 +408,7 @@ def write_lines(path, lines):
 
 
 def write_folder_files(root, preset, classes, label_lines):
-    """Write the three readable files of a data set folder; image_labels.txt, the last, completes it."""
+    """Write a folder's three readable files; image_labels.txt, the last one, completes it."""
     write_lines(root / "classes.txt", classes)
     write_lines(root / "preset.txt", [preset])
     write_lines(root / "image_labels.txt", label_lines)
@@ -407,20 +427,22 @@ def download_voc(root, sbd):
             download_and_extract_archive(SBDataset.url, sbd, filename=SBDataset.filename,
                                          md5=SBDataset.md5)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"the download failed ({error}): fetch VOCtrainval_11-May-2012.tar and SBD's "
-                        f"benchmark.tgz by hand and unpack them to {root} and {sbd}")
+        raise DataError(f"the download failed ({error}): fetch VOCtrainval_11-May-2012.tar and "
+                        f"SBD's benchmark.tgz by hand and unpack them to {root} and {sbd}")
 
 
 def voc_label_line(root, image_id):
-    """'ID name name ...' from Annotations/ID.xml: every object's name once, "difficult" included."""
+    """'ID name name ...' from Annotations/ID.xml: each object's name once, "difficult" included."""
     path = root / "Annotations" / f"{image_id}.xml"
     try:
         names = {node.findtext("name") for node in ElementTree.parse(path).iter("object")}
     except (OSError, ElementTree.ParseError) as error:
         raise DataError(f"{path} cannot be read ({error})")
     unknown = names - set(VOC_CLASSES)
-    if unknown or not names:
-        raise DataError(f"{path}: {'no object' if not names else f'unknown class {unknown.pop()!r}'}")
+    if not names:
+        raise DataError(f"{path} names no object")
+    if unknown:
+        raise DataError(f"{path} names {unknown.pop()!r}, which is no class of VOC")
     return " ".join([image_id, *sorted(names, key=VOC_CLASSES.index)])
 
 
@@ -460,8 +482,8 @@ def parse_args(argv=None):
     parser.add_argument("--root", type=Path, required=True, help="the data set folder")
     parser.add_argument("--num", type=int, nargs=3, default=(1500, 200, 200), metavar="N",
                         help="toy: images of train, val and test (default: 1500 200 200)")
-    parser.add_argument("--sbd", type=Path, help="voc: SBD's folder; its train.txt and val.txt make "
-                        "the 10,582 images of trainaug")
+    parser.add_argument("--sbd", type=Path, help="voc: SBD's folder; its train.txt and val.txt "
+                        "make the 10,582 images of trainaug")
     parser.add_argument("--download", action="store_true", help="voc: fetch VOC 2012 and SBD first")
     return parser.parse_args(argv)
 

@@ -33,9 +33,9 @@ def parse_args(argv=None):
     add("--masks", type=Path, help="score this folder of ID.png instead of predicting")
     add("--image", type=Path, help="segment this one photo instead")
     add("--out", type=Path, help="where --image writes its mask")
-    add("--crf", action="store_true", help="refine the predictions with the dense CRF, as the paper")
+    add("--crf", action="store_true", help="refine the predictions with the dense CRF (paper)")
     add_crf_flags(parser)
-    args = data.parse(parser, "evaluate", argv)
+    args = data.parse(parser, "evaluate", argv, needed=())
     if args.image and not (args.run and args.out):
         parser.error("--image needs --run and --out")
     if not args.image and not (args.data and (args.run or args.masks)):
@@ -57,7 +57,9 @@ def predict_logits(model, image, device, amp):
 def predict(logits, image, crf=None):
     """Logits (C, h, w) of a PIL image -> mask (H, W) uint8; crf: dense_crf's constants, or None."""
     probs = upsample(logits, image.height, image.width).softmax(dim=0).numpy()
-    return (probs if crf is None else dense_crf(np.array(image), probs, **crf)).argmax(0).astype(np.uint8)
+    if crf is not None:
+        probs = dense_crf(np.array(image), probs, **crf)
+    return probs.argmax(0).astype(np.uint8)
 
 
 def write_prediction(job):
@@ -109,9 +111,10 @@ def score(folder, split, directory, about, workers):
     for name, value in results.get("part_recall", {}).items():
         print(f"{'recall of part ' + name:24s}  {100 * value:6.2f}")
     word = {True: "yes", False: "no", None: "unknown"}
-    print(f"mIoU {100 * results['miou']:.2f} %  pixel accuracy {100 * results['pixel_accuracy']:.2f} %  "
-          f"| {about['masks']} on {split} ({scored:,} images), CRF: {word[about['crf']]}, image "
-          f"labels used at inference: {word[about['image_labels_used']]}, 255 ignored")
+    print(f"mIoU {100 * results['miou']:.2f} %  pixel accuracy "
+          f"{100 * results['pixel_accuracy']:.2f} %  | {about['masks']} on {split} ({scored:,} "
+          f"images), CRF: {word[about['crf']]}, image labels used at inference: "
+          f"{word[about['image_labels_used']]}, 255 ignored")
     return results
 
 
@@ -134,7 +137,8 @@ def legend(names, width):
     strip = Image.new("RGB", (width, y + 24), "white")
     draw = ImageDraw.Draw(strip)
     for x, y, number, name in places:
-        draw.rectangle((x, y + 1, x + 14, y + 15), tuple(data.voc_palette()[number].tolist()), "black")
+        fill = tuple(data.voc_palette()[number].tolist())
+        draw.rectangle((x, y + 1, x + 14, y + 15), fill, "black")
         draw.text((x + 19, y), name, "black", font)
     return strip
 
@@ -150,7 +154,7 @@ def stack(pictures):
 
 
 def grid(title, headings, rows):
-    """One sheet: a title, a heading above each column, rows of PIL images fitted to square cells."""
+    """One sheet: a title, a heading for each column, rows of PIL images fitted to square cells."""
     step = CELL + 6
     sheet = Image.new("RGB", (step * len(headings) + 6, 46 + step * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -172,22 +176,22 @@ def save_picture(picture, path):
 
 def draw_figure(model, folder, args, device, crf):
     """RUN/figure.png: evenly spaced images that have pseudo masks, stage by stage."""
-    ids = sorted(path.stem for path in (args.run / "bpm").glob("*.png"))
-    ids = [i for i in ids if folder.mask_path(i).is_file() and (args.run / f"pseudo/{i}.png").is_file()]
+    bpm, pseudo = args.run / "bpm", args.run / "pseudo"
+    ids = [path.stem for path in sorted(bpm.glob("*.png"))
+           if folder.mask_path(path.stem).is_file() and (pseudo / path.name).is_file()]
     if not ids:
         return
     C, rows, seen = len(folder.classes), [], {0}
     for image_id in ids[::max(1, len(ids) // ROWS)][:ROWS]:
         image = data.read_image(folder.image_path(image_id))
-        masks = [data.read_mask(path, C, image.size) for path in
-                 (folder.mask_path(image_id), *(args.run / out / f"{image_id}.png"
-                                                for out in ("bpm", "pseudo")))]
+        paths = folder.mask_path(image_id), bpm / f"{image_id}.png", pseudo / f"{image_id}.png"
+        masks = [data.read_mask(path, C, image.size) for path in paths]
         masks.append(predict(predict_logits(model, image, device, args.amp), image, crf))
         seen.update(*(np.unique(mask).tolist() for mask in masks))
         rows.append([image, *map(colour, masks)])
     names = {k: "ignore" if k == IGNORE else folder.classes[k] for k in sorted(seen)}
-    sheet = grid("Training images, evenly spaced, not chosen. BPM and pseudo masks know the image labels; "
-                 "DeepLabv2 does not.",
+    sheet = grid("Training images, evenly spaced, not chosen. BPM and pseudo masks know the image "
+                 "labels; DeepLabv2 does not.",
                  ["image", "ground truth", "BPM (Eq. 10)", "pseudo (CRF)",
                   "DeepLabv2" + (" + CRF" if crf else "")], rows)
     save_picture(stack([sheet, legend(names, sheet.width)]), args.run / "figure.png")
@@ -228,7 +232,7 @@ def main(args):
     # --- predict ---
     folder = Folder(args.data)
     if checkpoint["classes"] != folder.classes:
-        raise DataError(f"{args.run}/seg.pt was trained on other classes than {args.data}/classes.txt")
+        raise DataError(f"{args.run}/seg.pt has other classes than {args.data}/classes.txt")
     ids, pred = folder.ids(args.split), args.run / "pred"
     paths = map(folder.image_path, ids)
     jobs = ((path, predict_logits(model, data.read_image(path), device, args.amp),

@@ -33,10 +33,11 @@ PROB_FLOOR = 1e-5  # the CRF's unary energy is -log(p): keeps it finite
 
 def add_crf_flags(parser):
     """The CRF's constants, as flags; crf_settings(args) hands them to dense_crf."""
-    parser.add_argument("--crf-iterations", type=int, default=10, help="mean-field iterations")
-    parser.add_argument("--crf-sxy", type=float, default=67, help="bilateral kernel: standard deviation in pixels")
-    parser.add_argument("--crf-srgb", type=float, default=3, help="bilateral kernel: in RGB levels of 0 to 255")
-    parser.add_argument("--crf-compat", type=float, default=4, help="bilateral kernel: weight of the Potts term")
+    add = parser.add_argument
+    add("--crf-iterations", type=int, default=10, help="mean-field iterations")
+    add("--crf-sxy", type=float, default=67, help="bilateral kernel: deviation in pixels")
+    add("--crf-srgb", type=float, default=3, help="bilateral kernel: deviation in RGB levels")
+    add("--crf-compat", type=float, default=4, help="bilateral kernel: weight of its Potts term")
 
 
 def crf_settings(args):
@@ -50,17 +51,15 @@ def parse_args(argv=None):
     parser = data.stage_parser(__doc__)
     add = parser.add_argument
     add("--split", help="split whose images get masks; their image labels are used")
-    add("--size", type=int, help="the network sees SIZE x SIZE: higher than in training (Sec. 0.4.2)")
+    add("--size", type=int, help="the network sees SIZE x SIZE: the paper's is higher than in "
+        "training (Sec. 0.4.2)")
     add("--batch-size", type=int, default=8, help="images of one forward pass")
     add("--max-norm", action=argparse.BooleanOptionalAction, default=True,
         help="divide each class's map by its own maximum before the argmax (ViT-PCM)")
     add("--crf", action=argparse.BooleanOptionalAction, default=True, help="write pseudo/ as well")
     add_crf_flags(parser)
     add("--overwrite", action="store_true", help="delete RUN/bpm and RUN/pseudo and start anew")
-    args = data.parse(parser, STAGE, argv)
-    if not (args.data and args.run):
-        parser.error("--data and --run are needed")
-    return args
+    return data.parse(parser, STAGE, argv)
 
 
 # --- from patch probabilities to masks ---------------------------------------------------------
@@ -195,7 +194,7 @@ def main(args):
     model = build(checkpoint).to(device)
     folder = Folder(args.data)
     if checkpoint["classes"] != folder.classes:
-        raise DataError(f"{args.run}/cls.pt was trained on other classes than {args.data}/classes.txt")
+        raise DataError(f"{args.run}/cls.pt has other classes than {args.data}/classes.txt")
     if rank == 0 and checkpoint["epoch"] < checkpoint["args"]["epochs"]:
         print(f"note: cls.pt is of epoch {checkpoint['epoch']} of {checkpoint['args']['epochs']}")
     ids = folder.ids(args.split)
@@ -227,8 +226,9 @@ def main(args):
 
     # --- score: the last two rows of Table 1 ---
     if rank == 0:
-        print(f"{STAGE}  {len(todo):,} images done now, {len(ids) - len(todo):,} before, in {args.run}")
-        for out, name in ((bpm, "BPM, CPF-CTE w/o CRF in Table 1"), (pseudo, "CRF, CPF-CTE in Table 1")):
+        print(f"{STAGE}  {len(todo):,} of {len(ids) // world:,} images were still to do")
+        rows = {bpm: "BPM, CPF-CTE w/o CRF in Table 1", pseudo: "CRF, CPF-CTE in Table 1"}
+        for out, name in rows.items():
             confusion, scored = score_masks(folder, ids, out, args.workers) if out else (None, 0)
             if scored:
                 data.log(args.run, STAGE, masks=name, split=args.split, image_labels_used=True,

@@ -26,7 +26,7 @@ default_cfgs = generate_default_cfgs({"vit_toy": NO_WEIGHTS, "resnet_toy": NO_WE
 
 @register_model
 def vit_toy(pretrained=False, **kwargs):
-    """timm's ViT at 96x96: patch 8, width 128, depth 4; `--backbone vit_toy`, trained from scratch."""
+    """timm's ViT at 96x96: patch 8, width 128, depth 4; trained from scratch."""
     size = dict(img_size=96, patch_size=8, embed_dim=128, depth=4, num_heads=2, mlp_ratio=2)
     return build_model_with_cfg(VisionTransformer, "vit_toy", pretrained, **size | kwargs)
 
@@ -35,12 +35,12 @@ def vit_toy(pretrained=False, **kwargs):
 def resnet_toy(pretrained=False, **kwargs):
     """timm's ResNet with one basic block a stage and few channels, trained from scratch."""
     size = dict(block=BasicBlock, layers=(1, 1, 1, 1), channels=(32, 64, 64, 96),
-                stem_type="deep", stem_width=16)
+                stem_type="deep", stem_width=16, zero_init_last=False)
     return build_model_with_cfg(ResNet, "resnet_toy", pretrained, **size | kwargs)
 
 
 def create_backbone(name, pretrained, weights=None, **kwargs):
-    """A timm model with its ImageNet weights, from the hub or from the file `weights`, or without."""
+    """A timm model: with the hub's ImageNet weights, with those of a file, or with random ones."""
     if not timm.is_model(name.split(".")[0]):
         raise DataError(f"timm has no model {name!r}: see timm.list_models('*{name[:5]}*')")
     if weights is not None and not os.path.isfile(weights):
@@ -52,8 +52,8 @@ def create_backbone(name, pretrained, weights=None, **kwargs):
         if not (pretrained or weights):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise DataError(f"no weights for {name} from {weights or 'the hub'} ({reason}): pass --weights "
-                        "FILE with a local copy, or --no-pretrained to start from scratch")
+        raise DataError(f"no weights for {name} from {weights or 'the hub'} ({reason}): pass "
+                        "--weights FILE with a local copy, or --no-pretrained for random ones")
 
 
 class Normalise(nn.Module):
@@ -142,7 +142,7 @@ def initialise(module):
 
 
 class CPFCTE(nn.Module):
-    """Context Patch Fusion with Class Token Enhancement: images -> class probabilities of patches."""
+    """Context Patch Fusion with Class Token Enhancement: images -> classes of their patches."""
 
     def __init__(self, config, pretrained=False, weights=None):
         super().__init__()
@@ -158,8 +158,8 @@ class CPFCTE(nn.Module):
         if config.context != "none":
             self.context = ContextFusion(D, config.context, config.dropout)
         elif config.class_tokens == "append":
-            raise DataError("--class-tokens append needs a --context (hv or raster): without one the "
-                            "appended tokens never meet the patches")
+            raise DataError("--class-tokens append needs a --context (hv or raster): without one "
+                            "the appended tokens never meet the patches")
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(D, C, bias=False)  # W_c
         for name, module in self.named_children():
@@ -241,7 +241,7 @@ class SegmenterConfig:
 
 
 class DeepLabv2(nn.Module):
-    """DeepLabv2: a dilated CNN, ASPP with summed branches, several input scales and their maximum."""
+    """DeepLabv2: a dilated CNN, ASPP with summed branches, the maximum over input scales."""
 
     def __init__(self, config, pretrained=False, weights=None):
         super().__init__()
@@ -258,7 +258,7 @@ class DeepLabv2(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, images):
-        """(B, 3, H, W) in [0, 1] -> logits of each scale, then their maximum at the first one's size."""
+        """(B, 3, H, W) in [0, 1] -> the logits of each scale, then their maximum."""
         pyramid = [self.logits(images if scale == 1 else F.interpolate(
             images, scale_factor=scale, mode="bilinear", align_corners=False))
             for scale in self.config.scales]

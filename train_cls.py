@@ -29,21 +29,19 @@ COLOUR_JITTER = v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3)
 
 def parse_args(argv=None):
     """The flags of stage 1."""
-    parser = data.stage_parser(__doc__)
+    parser = data.training_parser(__doc__)
     add = parser.add_argument
     add("--train-split", help="split whose images and image labels are trained on")
     add("--val-split", help="split whose image labels score each epoch; none: no score")
     add("--size", type=int, help="images are resized to SIZE x SIZE, aspect ratio not kept")
     add("--backbone", help="any ViT of timm (or vit_toy); its patch tokens are P in Eq. (1)")
-    add("--weights", help="local copy of the backbone's timm weights, instead of the hub's")
-    add("--no-pretrained", dest="pretrained", action="store_false", help="start from random weights")
     add("--class-tokens", choices=("soft", "all", "append", "none"), default="soft",
         help="t(i) in Eq. (2). soft: each patch's own mixture of the tokens; all: every token for "
         "every patch, which is a bias; append: tokens join the BiLSTM's lines; none: Table 4")
     add("--context", choices=("hv", "raster", "none"), default="hv", help="Eq. (3) to (6). hv: "
         "along rows and columns; raster: along the row-major sequence; none: Table 4")
     add("--pool", choices=("topk", "max", "avg"), default="topk", help="Eq. (8), Table 5")
-    add("--top-k", type=int, default=6, help="K in Eq. (8): 1 is max pooling, all patches is average")
+    add("--top-k", type=int, default=6, help="K in Eq. (8): 1 is max, all patches is average")
     add("--dropout", type=float, default=0.2, help="before the BiLSTM and before the classifier")
     add("--augment", nargs="*", choices=("flip", "jitter", "vflip", "transpose"),
         default=["flip", "jitter"], help="the last two are ViT-PCM's, off in this repository")
@@ -56,17 +54,11 @@ def parse_args(argv=None):
         "epochs, --late-lr after; cosine: a warm-up of one epoch to --lr, then down to --late-lr")
     add("--lr", type=float, help="Adam's learning rate at first")
     add("--late-lr", type=float, help="Adam's learning rate later")
-    add("--seed", type=int, default=0, help="of the weights, the order and the augmentation")
-    add("--resume", action="store_true", help="go on from RUN/cls.pt exactly as if never interrupted")
-    add("--overwrite", action="store_true", help="replace an existing RUN/cls.pt")
-    args = data.parse(parser, STAGE, argv)
-    if not (args.data and args.run):
-        parser.error("--data and --run are needed")
-    return args
+    return data.parse(parser, STAGE, argv)
 
 
 class LabelledImages(Dataset):
-    """(index, draw) -> image (3, S, S) uint8, image labels (C,), index. draw None: no augmentation."""
+    """(index, draw) -> image (3, S, S) uint8, labels (C,), index; draw None: not augmented."""
 
     def __init__(self, folder, ids, size, seed=0, augment=()):
         self.folder, self.ids, self.size = folder, ids, size
@@ -148,7 +140,8 @@ def plain(args):
 
 def check_resume(checkpoint, args, path):
     """Refuse to go on with other settings than those that the checkpoint was made with."""
-    free = {"data", "run", "workers", "amp", "resume", "overwrite", "weights", "pretrained", "preset"}
+    free = {"data", "run", "preset", "workers", "amp", "weights", "pretrained", "resume",
+            "overwrite"}
     for name, old in checkpoint["args"].items():
         if name not in free and plain(args).get(name) != old:
             raise DataError(f"{path} was made with --{name.replace('_', '-')} {old}, now it is "
@@ -159,7 +152,7 @@ def main(args):
     device, rank, world = join_processes()
     path = args.run / "cls.pt"
     if path.exists() and not (args.resume or args.overwrite):
-        raise DataError(f"{path} exists: --resume goes on, --overwrite starts anew, --run elsewhere")
+        raise DataError(f"{path} exists: --resume goes on, --overwrite starts anew")
     checkpoint = load_checkpoint(path, "cls") if args.resume and path.exists() else None
 
     # --- data ---
@@ -215,7 +208,8 @@ def main(args):
         optimizer.step()
         step += 1
         speed = len(losses) * args.batch_size / (time.time() - began)
-        progress.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{group['lr']:.1e}", images_s=f"{speed:.0f}")
+        lr = optimizer.param_groups[0]["lr"]
+        progress.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{lr:.1e}", images_s=f"{speed:.0f}")
         if step % steps_per_epoch:
             continue
 
@@ -228,7 +222,7 @@ def main(args):
             save_checkpoint(path, "cls", model, classes=folder.classes, epoch=epoch + 1,
                             args=plain(args), optimizer=optimizer.state_dict())
             data.log(args.run, STAGE, epoch=epoch + 1, of=args.epochs, loss=float(mean_loss),
-                     lr=group["lr"], val_f1=f1, val_map=mean_ap, images_s=speed)
+                     lr=lr, val_f1=f1, val_map=mean_ap, images_s=speed)
         losses, began = [], time.time()
 
 

@@ -35,28 +35,21 @@ MOMENTUM, WEIGHT_DECAY, POLY_POWER = 0.9, 5e-4, 0.9
 
 def parse_args(argv=None):
     """The flags of stage 3."""
-    parser = data.stage_parser(__doc__)
+    parser = data.training_parser(__doc__)
     add = parser.add_argument
     add("--train-split", help="split whose images and pseudo masks are trained on")
     add("--val-split", help="split that scores the network at every save; none: no score")
     add("--val-images", type=int, default=100, help="that score is over the first so many images")
     add("--masks", type=Path, help="folder of the masks to learn (default: RUN/pseudo)")
     add("--backbone", help="a CNN of timm with output stride 8 (or resnet_toy)")
-    add("--weights", help="local copy of the backbone's timm weights, instead of the hub's")
-    add("--no-pretrained", dest="pretrained", action="store_false", help="start from random weights")
     add("--crop", type=int, help="side of the random crop in pixels")
     add("--batch-size", type=int, help="images of one iteration, over all ranks together")
     add("--iterations", type=int, help="optimiser steps in all; the poly decay ends there")
     add("--save-every", type=int, help="iterations between two checkpoints")
-    add("--lr", type=float, help="of the backbone; ASPP's weights get 10 and its biases 20 times that")
-    add("--freeze-bn", action=argparse.BooleanOptionalAction, help="keep the batch norms of the ImageNet weights")
-    add("--seed", type=int, default=0, help="of the weights, the order and the augmentation")
-    add("--resume", action="store_true", help="go on from RUN/seg.pt exactly as if never interrupted")
-    add("--overwrite", action="store_true", help="replace an existing RUN/seg.pt")
-    args = data.parse(parser, STAGE, argv)
-    if not (args.data and args.run):
-        parser.error("--data and --run are needed")
-    return args
+    add("--lr", type=float, help="of the backbone; ASPP's weights get 10, its biases 20 times that")
+    add("--freeze-bn", action=argparse.BooleanOptionalAction,
+        help="keep the batch norms of the ImageNet weights")
+    return data.parse(parser, STAGE, argv)
 
 
 class MaskedImages(Dataset):
@@ -75,7 +68,8 @@ class MaskedImages(Dataset):
     def __getitem__(self, item):
         index, draw = item
         image = data.read_image(self.folder.image_path(self.ids[index]))
-        mask = data.read_mask(self.masks / f"{self.ids[index]}.png", len(self.folder.classes), image.size)
+        mask = data.read_mask(self.masks / f"{self.ids[index]}.png", len(self.folder.classes),
+                              image.size)
         rng = np.random.default_rng([self.seed, draw])
         scale = rng.uniform(*SCALES)
         size = [max(1, round(side * scale)) for side in image.size]
@@ -94,12 +88,11 @@ class MaskedImages(Dataset):
 
 
 def parameter_groups(model, lr):
-    """SGD's groups: backbone, ASPP weights at 10 times its rate, ASPP biases at 20, without decay."""
-    named = [(name, p) for name, p in model.aspp.named_parameters()]
+    """SGD's groups: backbone, ASPP weights at 10 times its rate, ASPP biases at 20, no decay."""
     return [
         dict(params=[p for p in model.backbone.parameters() if p.requires_grad], base_lr=lr),
-        dict(params=[p for name, p in named if name.endswith("weight")], base_lr=ASPP_WEIGHT_LR * lr),
-        dict(params=[p for name, p in named if name.endswith("bias")], base_lr=ASPP_BIAS_LR * lr,
+        dict(params=[conv.weight for conv in model.aspp], base_lr=ASPP_WEIGHT_LR * lr),
+        dict(params=[conv.bias for conv in model.aspp], base_lr=ASPP_BIAS_LR * lr,
              weight_decay=0.0),
     ]
 
@@ -151,7 +144,7 @@ def main(args):
     device, rank, world = join_processes()
     path = args.run / "seg.pt"
     if path.exists() and not (args.resume or args.overwrite):
-        raise DataError(f"{path} exists: --resume goes on, --overwrite starts anew, --run elsewhere")
+        raise DataError(f"{path} exists: --resume goes on, --overwrite starts anew")
     checkpoint = load_checkpoint(path, "seg") if args.resume and path.exists() else None
 
     # --- model ---
@@ -177,13 +170,15 @@ def main(args):
     ids = folder.ids(args.train_split)
     val_ids = [] if args.val_split == "none" else folder.ids(args.val_split)
     fill = tuple((255 * model.normalise.mean).round().int().flatten().tolist())
-    dataset = MaskedImages(folder, ids, args.masks or args.run / "pseudo", args.crop, args.seed, fill)
+    dataset = MaskedImages(folder, ids, args.masks or args.run / "pseudo", args.crop, args.seed,
+                           fill)
     loader = DataLoader(dataset, num_workers=args.workers, pin_memory=device.type == "cuda",
                         batch_sampler=data.batches(len(ids), args.batch_size, args.seed, step,
                                                    args.iterations, rank, world))
 
     # --- train ---
-    progress = tqdm(loader, initial=step, total=args.iterations, disable=None if rank == 0 else True)
+    progress = tqdm(loader, initial=step, total=args.iterations,
+                    disable=None if rank == 0 else True)
     losses, began = [], time.time()
     for images, masks in progress:
         for group in optimizer.param_groups:
@@ -193,8 +188,8 @@ def main(args):
         loss = multi_scale_loss(outputs, masks.to(device, non_blocking=True), world)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise DataError(f"the loss is {losses[-1]} at iteration {step}: lower --lr; {path} keeps "
-                            "the last save")
+            raise DataError(f"the loss is {losses[-1]} at iteration {step}: lower --lr; "
+                            f"{path} keeps the last save")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Shared by the tests: the scripts' folder on the path, a tiny toy data set, a way to run a script."""
+"""Shared by the tests: the path, a tiny toy data set, a way to run a script."""
 import os
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def toy_copy(toy, tmp_path):
 
 @pytest.fixture(scope="session")
 def script():
-    """script("train_cls.py", "--data", ...) runs it in a process of its own; (exit code, output)."""
+    """script("train_cls.py", "--data", ...) runs it in a process of its own: (code, output)."""
     def run(*arguments, env=(), check=True, timeout=240):
         command = [sys.executable, *map(str, arguments)]
         done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, timeout=timeout,

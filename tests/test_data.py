@@ -15,8 +15,8 @@ from data import DataError, Folder
 def test_palette_is_vocs():
     palette = data.voc_palette().tolist()  # the development kit's colour map
     assert palette[0] == [0, 0, 0] and palette[1] == [128, 0, 0] and palette[2] == [0, 128, 0]
-    assert palette[8] == [64, 0, 0] and palette[15] == [192, 128, 128] and palette[20] == [0, 64, 128]
-    assert palette[255] == [224, 224, 192]
+    assert palette[8] == [64, 0, 0] and palette[15] == [192, 128, 128]
+    assert palette[20] == [0, 64, 128] and palette[255] == [224, 224, 192]
 
 
 def test_mask_round_trip_keeps_numbers_and_shows_colours(tmp_path):
@@ -32,7 +32,7 @@ def test_miou_by_hand_with_255_on_either_side():
     truth = np.array([[0, 0, 1, 1, 255, 1]], np.uint8)
     guess = np.array([[0, 1, 1, 255, 1, 1]], np.uint8)
     confusion = data.confusion_matrix(guess, truth, 3)
-    # background: TP 1, FN 1; class 1: TP 2, FP 1, and the predicted 255 is a miss; class 2 is absent
+    # background: TP 1, FN 1; class 1: TP 2, FP 1, the predicted 255 is a miss; class 2 is absent
     assert confusion.tolist() == [[1, 1, 0, 0], [0, 2, 0, 1], [0, 0, 0, 0]]
     iou = data.iou_per_class(confusion)
     assert iou[:2].tolist() == [1 / 2, 2 / 4] and np.isnan(iou[2])
@@ -184,11 +184,12 @@ def voc(tmp_path):
     (root / "ImageSets/Segmentation").mkdir(parents=True)
     sbd.mkdir(parents=True)
     for image_id, names in objects.items():
-        nodes = "".join(f"<object><name>{n}</name><difficult>1</difficult><part><name>head</name></part>"
-                        "</object>" for n in names)
+        nodes = "".join(f"<object><name>{n}</name><difficult>1</difficult><part><name>head</name>"
+                        "</part></object>" for n in names)
         (root / f"Annotations/{image_id}.xml").write_text(f"<annotation>{nodes}</annotation>")
-    for path, ids in ((root / "ImageSets/Segmentation/train.txt", "a1 a2"), (sbd / "val.txt", "s2 v1"),
-                      (root / "ImageSets/Segmentation/val.txt", "v1"), (sbd / "train.txt", "s1 a1")):
+    lists = root / "ImageSets/Segmentation"
+    for path, ids in ((lists / "train.txt", "a1 a2"), (lists / "val.txt", "v1"),
+                      (sbd / "train.txt", "s1 a1"), (sbd / "val.txt", "s2 v1")):
         path.write_text("\n".join(ids.split()) + "\n")
     return root, tmp_path / "sbd"
 

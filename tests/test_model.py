@@ -218,7 +218,8 @@ def test_deeplab_shapes_stride_and_rates():
     assert [conv.dilation[0] for conv in model.aspp] == [6, 12, 18, 24]
     assert [conv.kernel_size for conv in model.aspp] == 4 * [(3, 3)]
     upsampled = [nn.functional.interpolate(o, (12, 8), mode="bilinear") for o in outputs[:3]]
-    torch.testing.assert_close(outputs[3], torch.maximum(torch.maximum(*upsampled[:2]), upsampled[2]))
+    expected = torch.maximum(torch.maximum(*upsampled[:2]), upsampled[2])
+    torch.testing.assert_close(outputs[3], expected)
 
 
 def test_aspp_sums_branches_that_reach_exactly_their_rates():
@@ -231,7 +232,8 @@ def test_aspp_sums_branches_that_reach_exactly_their_rates():
 
 def test_resnet101_keeps_stride_8_by_dilation():
     with torch.device("meta"):
-        backbone = timm.create_model("resnet101", features_only=True, output_stride=8, out_indices=(-1,))
+        backbone = timm.create_model("resnet101", features_only=True, output_stride=8,
+                                     out_indices=(-1,))
     assert backbone.feature_info.reduction() == [8]
     dilations = {n: m.dilation[0] for n, m in backbone.named_modules()
                  if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)}

@@ -15,7 +15,8 @@ def test_absent_classes_go_and_each_class_is_divided_by_its_maximum():
     scaled = np.array([[0.6 / 0.6, 0.1 / 0.6], [0.1 / 0.4, 0.4 / 0.4]])
     np.testing.assert_allclose(maps[:, 0], scaled / scaled.sum(0), rtol=1e-5)
     _, plain = present_probs(Y, torch.tensor([1.0, 0.0, 1.0]), max_norm=False)
-    np.testing.assert_allclose(plain[:, 0], [[0.6 / 0.7, 0.1 / 0.5], [0.1 / 0.7, 0.4 / 0.5]], rtol=1e-5)
+    expected = [[0.6 / 0.7, 0.1 / 0.5], [0.1 / 0.7, 0.4 / 0.5]]
+    np.testing.assert_allclose(plain[:, 0], expected, rtol=1e-5)
 
 
 def test_upsampling_is_bilinear_as_pillow_does_it():
@@ -61,7 +62,8 @@ def test_crf_against_the_direct_mean_field(sxy, srgb, compat):
     probs = rng.dirichlet((2, 2, 2), (24, 30)).transpose(2, 0, 1).astype(np.float32)
     probs[1, 6:18, 8:24] += 0.5
     probs /= probs.sum(0)
-    result = dense_crf(image, probs, bilateral_sxy=sxy, bilateral_srgb=srgb, bilateral_compat=compat)
+    result = dense_crf(image, probs, bilateral_sxy=sxy, bilateral_srgb=srgb,
+                       bilateral_compat=compat)
     exact = exact_mean_field(image, probs, 10, [(3, 1, None), (compat, sxy, srgb)])
     assert result.shape == probs.shape and result.dtype == np.float32
     np.testing.assert_allclose(result.sum(0), 1, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The pieces of the two training scripts: schedules, parameter groups, losses, augmentation, scores."""
+"""The pieces of the training scripts: schedules, parameter groups, losses, augmentation."""
 import math
 
 import numpy as np
@@ -34,7 +34,7 @@ def test_cosine_rate_warms_up_for_one_epoch_and_ends_at_nothing(toy, tmp_path):
 def test_multi_label_scores_by_hand():
     scores = np.array([[1, 0.9, 0.6], [1, 0.8, 0.2], [1, 0.3, 0.1], [1, 0.2, 0.3]])
     labels = np.array([[1, 1, 0], [1, 0, 0], [1, 1, 0], [1, 0, 0]])
-    # class 1: predicted {0, 1}, true {0, 2}: F1 = 2 / 4; ranks of the true ones 1 and 3; class 2 never
+    # class 1: predicted {0, 1}, true {0, 2}: F1 = 2 / 4, true ranks 1 and 3; class 2 never occurs
     f1, mean_ap = train_cls.multi_label_scores(scores, labels)
     assert f1 == pytest.approx(1 / 2) and mean_ap == pytest.approx((1 / 1 + 2 / 3) / 2)
 
@@ -83,7 +83,8 @@ def test_multi_scale_loss_is_the_sum_of_cross_entropies_without_ignored_pixels()
     outputs = [torch.randn(2, 3, 8, 8), torch.randn(2, 3, 4, 4)]
     expected = F.cross_entropy(outputs[0], masks[:, 2::4, 2::4], ignore_index=255)
     expected = expected + F.cross_entropy(outputs[1], masks[:, 4::8, 4::8], ignore_index=255)
-    assert train_seg.multi_scale_loss(outputs, masks).item() == pytest.approx(expected.item(), rel=1e-5)
+    loss = train_seg.multi_scale_loss(outputs, masks)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     nothing = train_seg.multi_scale_loss(outputs, torch.full_like(masks, 255))
     assert nothing.item() == 0
 
