@@ -213,7 +213,8 @@ def main(args):
             claim(pseudo, settings | dict(crf=True) | crf_settings(args), args.overwrite)
     if world > 1:
         dist.barrier()
-    todo = [i for i in ids[rank::world]
+    mine = ids[rank::world]
+    todo = [i for i in mine
             if not all((out / f"{i}.png").is_file() for out in (bpm, pseudo) if out)]
 
     # --- masks ---
@@ -226,7 +227,7 @@ def main(args):
 
     # --- score: the last two rows of Table 1 ---
     if rank == 0:
-        print(f"{STAGE}  {len(todo):,} of {len(ids) // world:,} images were still to do")
+        print(f"{STAGE}  {len(todo):,} of {len(mine):,} images were still to do")
         rows = {bpm: "BPM, CPF-CTE w/o CRF in Table 1", pseudo: "CRF, CPF-CTE in Table 1"}
         for out, name in rows.items():
             confusion, scored = score_masks(folder, ids, out, args.workers) if out else (None, 0)

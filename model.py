@@ -3,6 +3,7 @@
 Legend: B batch, C classes with background, h x w patch grid, N = h * w patches, D width, K top-k.
 Read CPFCTE.forward first: it is the paper's Fig. 2 from left to right, Eq. (1) to Eq. (7).
 """
+import logging
 import os
 from dataclasses import asdict, dataclass
 
@@ -46,6 +47,9 @@ def create_backbone(name, pretrained, weights=None, **kwargs):
     if weights is not None and not os.path.isfile(weights):
         raise DataError(f"{weights} not found: --weights takes a local copy of the timm weights")
     overlay = {"pretrained_cfg_overlay": dict(file=str(weights))} if weights else {}
+    if pretrained and not weights:
+        print(f"weights of {name}: from timm's hub, or its cache on this machine", flush=True)
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each of ten retries
     try:
         return timm.create_model(name, pretrained=pretrained or bool(weights), **overlay, **kwargs)
     except Exception as error:  # hub, network, file format: many types, one consequence

@@ -167,8 +167,8 @@ def main(args):
     torch.manual_seed(args.seed)
     config = ClassifierConfig(len(folder.classes), args.backbone, args.class_tokens, args.context,
                               args.dropout)
-    scratch = checkpoint is not None or args.backbone == "vit_toy" or not args.pretrained
-    model = CPFCTE(config, not scratch, None if checkpoint else args.weights).to(device)
+    pretrained, weights = (False, None) if checkpoint else (args.pretrained, args.weights)
+    model = CPFCTE(config, pretrained, weights).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     step = 0
     if checkpoint:

@@ -28,8 +28,6 @@ from model import DeepLabv2, SegmenterConfig, join_processes, load_checkpoint, s
 from train_cls import check_resume, plain
 
 STAGE = "train_seg"
-SCALES = (0.5, 1.5)  # range of the random rescaling
-ASPP_WEIGHT_LR, ASPP_BIAS_LR = 10, 20  # times the backbone's
 MOMENTUM, WEIGHT_DECAY, POLY_POWER = 0.9, 5e-4, 0.9
 
 
@@ -42,11 +40,15 @@ def parse_args(argv=None):
     add("--val-images", type=int, default=100, help="that score is over the first so many images")
     add("--masks", type=Path, help="folder of the masks to learn (default: RUN/pseudo)")
     add("--backbone", help="a CNN of timm with output stride 8 (or resnet_toy)")
+    add("--scales", type=float, nargs="+", help="input scales that the loss and the maximum are "
+        "over; the first is the reference")
+    add("--rescale", type=float, nargs=2, help="range of the random rescaling in training")
     add("--crop", type=int, help="side of the random crop in pixels")
     add("--batch-size", type=int, help="images of one iteration, over all ranks together")
     add("--iterations", type=int, help="optimiser steps in all; the poly decay ends there")
     add("--save-every", type=int, help="iterations between two checkpoints")
-    add("--lr", type=float, help="of the backbone; ASPP's weights get 10, its biases 20 times that")
+    add("--lr", type=float, help="of the backbone, before the poly decay")
+    add("--aspp-lr", type=float, help="of ASPP's weights, times --lr; its biases get twice that")
     add("--freeze-bn", action=argparse.BooleanOptionalAction,
         help="keep the batch norms of the ImageNet weights")
     return data.parse(parser, STAGE, argv)
@@ -55,9 +57,9 @@ def parse_args(argv=None):
 class MaskedImages(Dataset):
     """(index, draw) -> image (3, S, S) uint8 and mask (S, S) int64, scaled, flipped and cropped."""
 
-    def __init__(self, folder, ids, masks, crop, seed, fill):
+    def __init__(self, folder, ids, masks, crop, rescale, seed, fill):
         self.folder, self.ids, self.masks = folder, ids, masks
-        self.crop, self.seed, self.fill = crop, seed, fill
+        self.crop, self.rescale, self.seed, self.fill = crop, rescale, seed, fill
         for image_id in ids:
             if not (masks / f"{image_id}.png").is_file():
                 raise DataError(f"{masks}/{image_id}.png not found: run make_pseudo.py first")
@@ -71,7 +73,7 @@ class MaskedImages(Dataset):
         mask = data.read_mask(self.masks / f"{self.ids[index]}.png", len(self.folder.classes),
                               image.size)
         rng = np.random.default_rng([self.seed, draw])
-        scale = rng.uniform(*SCALES)
+        scale = rng.uniform(*self.rescale)
         size = [max(1, round(side * scale)) for side in image.size]
         image = image.resize(size, Image.Resampling.BILINEAR)
         mask = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
@@ -87,12 +89,12 @@ class MaskedImages(Dataset):
         return (pixels.flip(2), labels.flip(1)) if rng.random() < 0.5 else (pixels, labels)
 
 
-def parameter_groups(model, lr):
-    """SGD's groups: backbone, ASPP weights at 10 times its rate, ASPP biases at 20, no decay."""
+def parameter_groups(model, lr, aspp_lr):
+    """SGD's groups: backbone, ASPP weights at aspp_lr times its rate, biases at twice that."""
     return [
         dict(params=[p for p in model.backbone.parameters() if p.requires_grad], base_lr=lr),
-        dict(params=[conv.weight for conv in model.aspp], base_lr=ASPP_WEIGHT_LR * lr),
-        dict(params=[conv.bias for conv in model.aspp], base_lr=ASPP_BIAS_LR * lr,
+        dict(params=[conv.weight for conv in model.aspp], base_lr=aspp_lr * lr),
+        dict(params=[conv.bias for conv in model.aspp], base_lr=2 * aspp_lr * lr,
              weight_decay=0.0),
     ]
 
@@ -150,12 +152,12 @@ def main(args):
     # --- model ---
     folder = Folder(args.data)
     torch.manual_seed(args.seed)
-    config = SegmenterConfig(len(folder.classes), args.backbone)
-    scratch = checkpoint is not None or args.backbone == "resnet_toy" or not args.pretrained
-    model = DeepLabv2(config, not scratch, None if checkpoint else args.weights).to(device)
+    config = SegmenterConfig(len(folder.classes), args.backbone, scales=tuple(args.scales))
+    pretrained, weights = (False, None) if checkpoint else (args.pretrained, args.weights)
+    model = DeepLabv2(config, pretrained, weights).to(device)
     set_train(model, args.freeze_bn)
-    optimizer = torch.optim.SGD(parameter_groups(model, args.lr), lr=args.lr, momentum=MOMENTUM,
-                                weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.SGD(parameter_groups(model, args.lr, args.aspp_lr), lr=args.lr,
+                                momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     step = 0
     if checkpoint:
         check_resume(checkpoint, args, path)
@@ -170,8 +172,8 @@ def main(args):
     ids = folder.ids(args.train_split)
     val_ids = [] if args.val_split == "none" else folder.ids(args.val_split)
     fill = tuple((255 * model.normalise.mean).round().int().flatten().tolist())
-    dataset = MaskedImages(folder, ids, args.masks or args.run / "pseudo", args.crop, args.seed,
-                           fill)
+    dataset = MaskedImages(folder, ids, args.masks or args.run / "pseudo", args.crop, args.rescale,
+                           args.seed, fill)
     loader = DataLoader(dataset, num_workers=args.workers, pin_memory=device.type == "cuda",
                         batch_sampler=data.batches(len(ids), args.batch_size, args.seed, step,
                                                    args.iterations, rank, world))

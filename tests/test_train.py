@@ -66,7 +66,7 @@ def test_each_augmentation_does_what_its_name_says():
 def test_parameter_groups_and_poly_decay():
     model = DeepLabv2(SegmenterConfig(4, "resnet_toy"))
     model.freeze_batch_norm()
-    groups = train_seg.parameter_groups(model, 2.5e-4)
+    groups = train_seg.parameter_groups(model, 2.5e-4, 10)
     assert [group["base_lr"] for group in groups] == pytest.approx([2.5e-4, 2.5e-3, 5e-3])
     assert [g.get("weight_decay", 5e-4) for g in groups] == [5e-4, 5e-4, 0]
     assert [len(group["params"]) for group in groups[1:]] == [4, 4]
@@ -96,7 +96,8 @@ def test_crops_keep_image_and_mask_together_and_fill_with_ignore(tmp_path):
     pixels[:, :30] = 10  # dark is class 1
     Image.fromarray(pixels).save(tmp_path / "JPEGImages/a.jpg", quality=100, subsampling=0)
     data.save_mask(tmp_path / "masks/a.png", (pixels[..., 0] < 100).astype(np.uint8))
-    dataset = train_seg.MaskedImages(Folder(tmp_path), ["a"], tmp_path / "masks", 48, 0, (128,) * 3)
+    recipe = dict(crop=48, rescale=(0.5, 1.5), seed=0, fill=(128, 128, 128))
+    dataset = train_seg.MaskedImages(Folder(tmp_path), ["a"], tmp_path / "masks", **recipe)
     sides = set()
     for draw in range(30):
         image, mask = dataset[(0, draw)]
@@ -108,7 +109,7 @@ def test_crops_keep_image_and_mask_together_and_fill_with_ignore(tmp_path):
         assert torch.equal(image, dataset[(0, draw)][0])
     assert len(sides) > 5 and (48, 48) in sides
     with pytest.raises(DataError, match="run make_pseudo.py first"):
-        train_seg.MaskedImages(Folder(tmp_path), ["b"], tmp_path / "masks", 48, 0, (0, 0, 0))
+        train_seg.MaskedImages(Folder(tmp_path), ["b"], tmp_path / "masks", **recipe)
 
 
 def test_a_loss_that_is_not_finite_names_the_epoch_and_the_images(toy, tmp_path, monkeypatch):
