@@ -45,12 +45,12 @@ PRESETS = {
     },
     "toy": {
         "train_cls": dict(train_split="train", val_split="val", backbone="vit_toy", size=96,
-                          pretrained=False, epochs=8, batch_size=8, frozen_epochs=0,
-                          train_blocks=4, schedule="cosine", lr=5e-4, late_lr=0.0, dropout=0.0,
+                          pretrained=False, epochs=6, batch_size=8, frozen_epochs=0,
+                          train_blocks=4, schedule="cosine", lr=7e-4, late_lr=0.0, dropout=0.0,
                           augment=["flip"]),
         "make_pseudo": dict(split="train", size=96, crf_sxy=10, crf_srgb=13),  # found on val
         "train_seg": dict(train_split="train", val_split="val", backbone="resnet_toy",
-                          pretrained=False, crop=96, batch_size=10, iterations=400, save_every=100,
+                          pretrained=False, crop=96, batch_size=10, iterations=300, save_every=100,
                           lr=0.02, aspp_lr=1, scales=[1.0, 0.75], rescale=[0.75, 1.25],
                           freeze_bn=False),
         "evaluate": dict(split="test", crf_sxy=10, crf_srgb=13),

@@ -112,7 +112,7 @@ def score(folder, split, directory, about, workers):
         print(f"{'recall of part ' + name:24s}  {100 * value:6.2f}")
     word = {True: "yes", False: "no", None: "unknown"}
     print(f"mIoU {100 * results['miou']:.2f} %  pixel accuracy "
-          f"{100 * results['pixel_accuracy']:.2f} %  | {about['masks']} on {split} ({scored:,} "
+          f"{100 * results['pixel_accuracy']:.2f} %  | {about['checkpoint'] or about['masks']} on {split} ({scored:,} "
           f"images), CRF: {word[about['crf']]}, image labels used at inference: "
           f"{word[about['image_labels_used']]}, 255 ignored")
     return results
@@ -217,8 +217,8 @@ def main(args):
     if args.masks and not args.image:
         note = args.masks / "settings.json"
         made = json.loads(note.read_text()) if note.is_file() else {}
-        about = dict(masks=str(args.masks), crf=made.get("crf"), seed=made.get("seed"),
-                     image_labels_used=made.get("image_labels_used"))
+        about = dict(checkpoint=None, masks=str(args.masks), crf=made.get("crf"),
+                     image_labels_used=made.get("image_labels_used"), seed=made.get("seed"))
         results = score(Folder(args.data), args.split, args.masks, about, args.workers)
         data.write_lines(args.masks / "results.json", [json.dumps(results)])
         return
@@ -242,8 +242,8 @@ def main(args):
         pass
 
     # --- score ---
-    about = dict(masks=str(args.run / "seg.pt"), crf=args.crf, image_labels_used=False,
-                 seed=checkpoint["args"]["seed"])
+    about = dict(checkpoint=str(args.run / "seg.pt"), masks=str(pred), crf=args.crf,
+                 image_labels_used=False, seed=checkpoint["args"]["seed"])
     data.write_lines(pred / "settings.json", [json.dumps(about)])
     results = score(folder, args.split, pred, about, args.workers)
     data.write_lines(args.run / "results.json", [json.dumps(results)])

@@ -1,7 +1,7 @@
 """Stage 2 of 4: pseudo masks from the patch classifier: upsample, argmax (Eq. 10), dense CRF.
 
 Run:    python make_pseudo.py --data data/toy --run runs/toy
-        torchrun --nproc-per-node=2 make_pseudo.py --data data/VOC2012 --run runs/voc
+        torchrun --nproc-per-node=2 -- make_pseudo.py --data data/VOC2012 --run runs/voc
 Reads:  RUN/cls.pt, JPEGImages/, image_labels.txt; a mask only to score at the very end
 Writes: RUN/bpm/ID.png     baseline pseudo masks: argmax of the patch probabilities (Eq. 10)
         RUN/pseudo/ID.png  the same after the CRF: what stage 3 trains on

@@ -1,7 +1,7 @@
 """Stage 1 of 4: train the patch classifier from image labels alone (Sec. 0.3, Eq. 1 to 9).
 
 Run:    python train_cls.py --data data/toy --run runs/toy
-        torchrun --nproc-per-node=2 train_cls.py --data data/VOC2012 --run runs/voc
+        torchrun --nproc-per-node=2 -- train_cls.py --data data/VOC2012 --run runs/voc
 Reads:  JPEGImages/, image_labels.txt, classes.txt and the splits; never a mask
 Writes: RUN/cls.pt after every epoch (weights, config, classes, arguments, optimiser), RUN/log.jsonl
 """
@@ -169,7 +169,7 @@ def main(args):
                               args.dropout)
     pretrained, weights = (False, None) if checkpoint else (args.pretrained, args.weights)
     model = CPFCTE(config, pretrained, weights).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     step = 0
     if checkpoint:
         check_resume(checkpoint, args, path)

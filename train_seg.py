@@ -1,7 +1,7 @@
 """Stage 3 of 4: train DeepLabv2 on the pseudo masks (Sec. 0.3.1, 0.4.2).
 
 Run:    python train_seg.py --data data/toy --run runs/toy
-        torchrun --nproc-per-node=2 train_seg.py --data data/VOC2012 --run runs/voc
+        torchrun --nproc-per-node=2 -- train_seg.py --data data/VOC2012 --run runs/voc
 Reads:  JPEGImages/ and RUN/pseudo/, the masks of stage 2; the ground truth only to score on val
 Writes: RUN/seg.pt every --save-every iterations, RUN/log.jsonl
 The recipe is that of the public PyTorch DeepLabv2 which the field uses; the weights to start from
