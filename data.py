@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -76,11 +77,21 @@ class DataError(Exception):
 
 
 def run(main, args):
-    """Call main(args); end a DataError with its one line and exit code 1, without a traceback."""
+    """Call main(args); a DataError, or a full disk, ends in one line and exit code 1."""
     try:
         main(args)
-    except DataError as error:
+    except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def positive(text):
+    """argparse type: a whole number above zero."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above zero")
+    return int(text)
 
 
 def stage_parser(doc):
@@ -106,8 +117,8 @@ def training_parser(doc):
     parser = stage_parser(doc)
     add = parser.add_argument
     add("--weights", help="local copy of the backbone's timm weights, instead of the hub's")
-    add("--no-pretrained", dest="pretrained", action="store_false",
-        help="start from random weights")
+    add("--pretrained", action=argparse.BooleanOptionalAction, default=True,
+        help="start from the backbone's ImageNet weights, not from random ones")
     add("--seed", type=int, default=0, help="of the weights, the order and the augmentation")
     add("--resume", action="store_true",
         help="go on from RUN's checkpoint exactly as if never interrupted")
@@ -119,10 +130,12 @@ def parse(parser, stage, argv=None, needed=("data", "run")):
     """Parse argv with the defaults that --preset, or DATA/preset.txt, gives to this stage."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--data", type=Path)
+    early.add_argument("--run", type=Path)
     early.add_argument("--preset")
     known, _ = early.parse_known_args(argv)
-    named = known.data / "preset.txt" if known.data else None
-    preset = known.preset or (named.read_text().strip() if named and named.is_file() else "voc")
+    notes = [home / "preset.txt" for home in (known.data, known.run) if home]
+    named = [note.read_text().strip() for note in notes if note.is_file()]
+    preset = known.preset or (named or ["voc"])[0]
     if preset not in PRESETS:
         parser.error(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
     defaults = dict(PRESETS[preset][stage])
@@ -256,7 +269,7 @@ def voc_palette():
 
 def save_mask(path, mask):
     """Write (H, W) class numbers as a palette PNG with VOC's colours, atomically."""
-    image = Image.fromarray(mask.astype(np.uint8), mode=None).convert("L")
+    image = Image.fromarray(mask.astype(np.uint8))
     image.putpalette(voc_palette().tobytes())
     with atomic(path) as temporary:
         image.save(temporary, format="PNG")
@@ -424,14 +437,16 @@ def download_voc(root, sbd):
     try:
         if not (root / "Annotations").is_dir():
             VOCSegmentation(root, year="2012", image_set="trainval", download=True)
-            for path in (root / "VOCdevkit/VOC2012").iterdir():
+            parts = (root / "VOCdevkit/VOC2012").iterdir()
+            for path in sorted(parts, key=lambda path: path.name == "Annotations"):  # it comes last
                 path.rename(root / path.name)
         if not list(sbd.rglob("train.txt")):
             download_and_extract_archive(SBDataset.url, sbd, filename=SBDataset.filename,
                                          md5=SBDataset.md5)
     except (OSError, RuntimeError) as error:
         raise DataError(f"the download failed ({error}): fetch VOCtrainval_11-May-2012.tar and "
-                        f"SBD's benchmark.tgz by hand and unpack them to {root} and {sbd}")
+                        f"SBD's benchmark.tgz by hand, and unpack them so that "
+                        f"{root}/Annotations and {sbd} hold them")
 
 
 def voc_label_line(root, image_id):
@@ -453,12 +468,16 @@ def make_voc(root, sbd=None, counts=VOC_COUNTS):
     """Turn an unpacked VOC 2012 (and SBD's two lists, if sbd is given) into a data set folder."""
     def read_ids(path):
         if not path.is_file():
-            raise DataError(f"{path} not found: unpack the archive there, or pass --download")
+            raise DataError(f"{path} not found: unpack the archive so that {root}/Annotations "
+                            "exists (and --sbd holds train.txt and val.txt), or pass --download")
         return path.read_text().split()
 
     lists = root / "ImageSets/Segmentation"
     splits = {name: read_ids(lists / f"{name}.txt") for name in ("train", "val")}
-    if sbd is not None:
+    home = lists
+    if sbd is None and (lists / "trainaug.txt").is_file():
+        splits["trainaug"] = read_ids(lists / "trainaug.txt")
+    elif sbd is not None:
         homes = [path.parent for path in sorted(sbd.rglob("train.txt"))
                  if (path.parent / "val.txt").is_file()]
         home = homes[0] if homes else sbd
@@ -470,7 +489,7 @@ def make_voc(root, sbd=None, counts=VOC_COUNTS):
                             f"is {root if name != 'trainaug' else home} complete?")
     every_id = sorted(set().union(*splits.values()))
     label_lines = [voc_label_line(root, i) for i in tqdm(every_id, desc="labels", disable=None)]
-    if sbd is not None:
+    if "trainaug" in splits:
         write_lines(lists / "trainaug.txt", splits["trainaug"])
     else:
         print(f"without --sbd: training will use the {len(splits['train']):,} images of train")

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 import data
 from data import IGNORE, DataError, Folder
-from make_pseudo import (add_crf_flags, crf_settings, dense_crf, in_parallel, score_masks, upsample)
+from make_pseudo import (add_crf_flags, claim, crf_settings, dense_crf, digest, in_parallel,
+                         score_masks, upsample)
 from model import build, join_processes, load_checkpoint
 
 IGNORE_POLICY = "pixels whose truth is 255 are left out; a predicted 255 is a miss"
@@ -38,6 +39,8 @@ def parse_args(argv=None):
     args = data.parse(parser, "evaluate", argv, needed=())
     if args.image and not (args.run and args.out):
         parser.error("--image needs --run and --out")
+    if args.image and (args.out.suffix != ".png" or args.out.resolve() == args.image.resolve()):
+        parser.error("--out is the mask's name: a .png, and not the photo's own")
     if not args.image and not (args.data and (args.run or args.masks)):
         parser.error("--data and --run (or --masks) are needed")
     return args
@@ -65,7 +68,7 @@ def predict(logits, image, crf=None):
 def write_prediction(job):
     """Refine and write one image's prediction; runs in a worker process."""
     image_path, logits, path, crf = job
-    data.save_mask(path, predict(logits, data.read_image(image_path), crf))
+    data.save_mask(path, predict(torch.from_numpy(logits), data.read_image(image_path), crf))
 
 
 # --- scores ------------------------------------------------------------------------------------
@@ -85,8 +88,11 @@ def part_recall(folder, ids, directory):
 
 def git_commit():
     """The commit of this code, or None outside a git checkout."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                          capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                              capture_output=True, text=True)
+    except OSError:  # no git
+        return None
     return done.stdout.strip() or None
 
 
@@ -112,9 +118,9 @@ def score(folder, split, directory, about, workers):
         print(f"{'recall of part ' + name:24s}  {100 * value:6.2f}")
     word = {True: "yes", False: "no", None: "unknown"}
     print(f"mIoU {100 * results['miou']:.2f} %  pixel accuracy "
-          f"{100 * results['pixel_accuracy']:.2f} %  | {about['checkpoint'] or about['masks']} on {split} ({scored:,} "
-          f"images), CRF: {word[about['crf']]}, image labels used at inference: "
-          f"{word[about['image_labels_used']]}, 255 ignored")
+          f"{100 * results['pixel_accuracy']:.2f} %  | {about['checkpoint'] or about['masks']} "
+          f"on {split} ({scored:,} images), CRF: {word[about['crf']]}, image labels used at "
+          f"inference: {word[about['image_labels_used']]}, 255 ignored")
     return results
 
 
@@ -195,6 +201,7 @@ def draw_figure(model, folder, args, device, crf):
                  ["image", "ground truth", "BPM (Eq. 10)", "pseudo (CRF)",
                   "DeepLabv2" + (" + CRF" if crf else "")], rows)
     save_picture(stack([sheet, legend(names, sheet.width)]), args.run / "figure.png")
+    print(f"written: {args.run}/figure.png")
 
 
 # --- the stage ---------------------------------------------------------------------------------
@@ -234,21 +241,24 @@ def main(args):
     if checkpoint["classes"] != folder.classes:
         raise DataError(f"{args.run}/seg.pt has other classes than {args.data}/classes.txt")
     ids, pred = folder.ids(args.split), args.run / "pred"
-    paths = map(folder.image_path, ids)
-    jobs = ((path, predict_logits(model, data.read_image(path), device, args.amp),
+    about = dict(checkpoint=str(args.run / "seg.pt"), masks=str(pred), crf=args.crf,
+                 image_labels_used=False, seed=checkpoint["args"]["seed"])
+    settings = about | dict(seg=digest(args.run / "seg.pt"), constants=crf)
+    note = pred / "settings.json"
+    if not note.is_file() or json.loads(note.read_text()) != settings:
+        claim(pred, settings, overwrite=True)  # else a killed run goes on where it stopped
+    paths = [folder.image_path(i) for i in ids if not (pred / f"{i}.png").is_file()]
+    jobs = ((path, predict_logits(model, data.read_image(path), device, args.amp).numpy(),
              pred / f"{path.stem}.png", crf) for path in paths)
-    for _ in tqdm(in_parallel(write_prediction, jobs, args.workers), total=len(ids),
+    for _ in tqdm(in_parallel(write_prediction, jobs, args.workers), total=len(paths),
                   desc=f"predict {args.split}", disable=None):
         pass
 
     # --- score ---
-    about = dict(checkpoint=str(args.run / "seg.pt"), masks=str(pred), crf=args.crf,
-                 image_labels_used=False, seed=checkpoint["args"]["seed"])
-    data.write_lines(pred / "settings.json", [json.dumps(about)])
     results = score(folder, args.split, pred, about, args.workers)
     data.write_lines(args.run / "results.json", [json.dumps(results)])
+    print(f"written: {pred}, {args.run}/results.json")
     draw_figure(model, folder, args, device, crf)
-    print(f"written: {pred}, {args.run}/results.json, {args.run}/figure.png")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Run:    python make_pseudo.py --data data/toy --run runs/toy
         torchrun --nproc-per-node=2 -- make_pseudo.py --data data/VOC2012 --run runs/voc
 Reads:  RUN/cls.pt, JPEGImages/, image_labels.txt; a mask only to score at the very end
-Writes: RUN/bpm/ID.png     baseline pseudo masks: argmax of the patch probabilities (Eq. 10)
+Writes: RUN/bpm/ID.png     baseline pseudo masks: argmax of the upsampled maps (Eq. 10)
         RUN/pseudo/ID.png  the same after the CRF: what stage 3 trains on
 A killed run goes on where it stopped: masks that are already written are skipped.
 """
@@ -51,9 +51,9 @@ def parse_args(argv=None):
     parser = data.stage_parser(__doc__)
     add = parser.add_argument
     add("--split", help="split whose images get masks; their image labels are used")
-    add("--size", type=int, help="the network sees SIZE x SIZE: the paper's is higher than in "
-        "training (Sec. 0.4.2)")
-    add("--batch-size", type=int, default=8, help="images of one forward pass")
+    add("--size", type=data.positive, help="the network sees SIZE x SIZE: the paper's is higher "
+        "than in training (Sec. 0.4.2)")
+    add("--batch-size", type=data.positive, default=8, help="images of one forward pass")
     add("--max-norm", action=argparse.BooleanOptionalAction, default=True,
         help="divide each class's map by its own maximum before the argmax (ViT-PCM)")
     add("--crf", action=argparse.BooleanOptionalAction, default=True, help="write pseudo/ as well")
@@ -106,7 +106,7 @@ def write_masks(job):
     """One image's masks from its patch maps; runs in a worker process."""
     image_path, present, maps, bpm_path, pseudo_path, crf = job
     image = data.read_image(image_path)
-    probs = upsample(maps, image.height, image.width).numpy()
+    probs = upsample(torch.from_numpy(maps), image.height, image.width).numpy()
     if bpm_path is not None:
         data.save_mask(bpm_path, present[probs.argmax(0)])  # Eq. (10)
     if pseudo_path is not None:
@@ -154,8 +154,14 @@ def mask_jobs(model, folder, ids, args, device, outputs):
         for index, Y in zip(indices.tolist(), patch_probs):
             present, maps = present_probs(Y, folder.image_labels(ids[index]), args.max_norm)
             paths = [out / f"{ids[index]}.png" if out else None for out in outputs]
-            yield (folder.image_path(ids[index]), present.numpy(), maps.clone(), *paths,
+            yield (folder.image_path(ids[index]), present.numpy(), maps.numpy(), *paths,
                    crf_settings(args))
+
+
+def digest(path):
+    """A short fingerprint of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def claim(directory, settings, overwrite):
@@ -204,10 +210,8 @@ def main(args):
     # --- what is there already ---
     bpm, pseudo = args.run / "bpm", args.run / "pseudo" if args.crf else None
     if rank == 0:
-        with open(args.run / "cls.pt", "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        settings = dict(cls=digest, size=args.size, max_norm=args.max_norm, image_labels_used=True,
-                        seed=checkpoint["args"]["seed"])
+        settings = dict(cls=digest(args.run / "cls.pt"), size=args.size, max_norm=args.max_norm,
+                        image_labels_used=True, seed=checkpoint["args"]["seed"])
         claim(bpm, settings | dict(crf=False), args.overwrite)
         if pseudo:
             claim(pseudo, settings | dict(crf=True) | crf_settings(args), args.overwrite)

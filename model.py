@@ -6,6 +6,7 @@ Read CPFCTE.forward first: it is the paper's Fig. 2 from left to right, Eq. (1) 
 import logging
 import os
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 
 import timm
 import torch
@@ -52,6 +53,8 @@ def create_backbone(name, pretrained, weights=None, **kwargs):
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each of ten retries
     try:
         return timm.create_model(name, pretrained=pretrained or bool(weights), **overlay, **kwargs)
+    except TypeError as error:  # a model that does not take the arguments of these stages
+        raise DataError(f"--backbone {name} does not fit here: {error}")
     except Exception as error:  # hub, network, file format: many types, one consequence
         if not (pretrained or weights):
             raise
@@ -80,7 +83,7 @@ class ClassifierConfig:
     """Everything that rebuilds a CPFCTE; saved in cls.pt."""
     num_classes: int              # C, background included
     backbone: str                 # any ViT of timm
-    class_tokens: str = "soft"    # soft | all | append | none: what t(i) in Eq. (2) is
+    class_tokens: str = "soft"    # soft | all | append | none: t(i), patch i's class token, Eq. (2)
     context: str = "hv"           # hv | raster | none: the lines that the BiLSTM runs along
     dropout: float = 0.2          # before the BiLSTM and before the classifier; ViT-PCM's value
 
@@ -88,13 +91,13 @@ class ClassifierConfig:
 class ContextFusion(nn.Module):
     """CF-BiLSTM, Sec. 0.3.3, Eq. (3) to (6): (B, h, w, D) -> (B, h, w, D).
 
-    hv: one BiLSTM along the rows and one along the columns, D/4 a direction. raster: one BiLSTM
-    along the whole row-major sequence, D/2 a direction. Class tokens, if given, lead every line.
+    hv: one BiLSTM along the rows and one along the columns, D/4 per direction. raster: one BiLSTM
+    along the whole row-major sequence, D/2 per direction. Class tokens, if given, lead every line.
     """
 
     def __init__(self, dim, context, dropout):
         super().__init__()
-        directions = {"hv": 4, "raster": 2}[context]
+        directions = {"hv": 4, "raster": 2}[context]  # two for each line through a patch
         self.dropout = nn.Dropout(dropout)
         self.lstms = nn.ModuleList(
             nn.LSTM(dim, dim // directions, batch_first=True, bidirectional=True)
@@ -117,17 +120,18 @@ class ContextFusion(nn.Module):
         """Run lstm along each of the (B, lines, steps, D) lines, all with the same weights."""
         B, number, steps, D = lines.shape
         sequence = lines.reshape(B * number, steps, D)
-        if class_tokens is not None:  # (C, D): read before the line's first patch, then dropped
+        if class_tokens is not None:  # (C, D): the forward LSTM reads them first; then dropped
             sequence = torch.cat([class_tokens.expand(len(sequence), -1, -1), sequence], dim=1)
-        hidden, _ = lstm(sequence)  # Eq. (3), (4); [forward ; backward] is Eq. (5)
+        with torch.autocast(sequence.device.type, enabled=False):  # cuDNN's would be float16
+            hidden, _ = lstm(sequence.float())  # Eq. (3), (4); [forward ; backward] is Eq. (5)
         return hidden[:, -steps:].reshape(B, number, steps, -1)
 
 
 def initialise(module):
     """Start linear maps and LSTMs of the head as Keras does, which ViT-PCM is written in.
 
-    torch's own start makes the first outputs of LSTM and classifier about ten times smaller, and
-    training from scratch then stays on the plateau of the base rates for many epochs.
+    torch's own start makes the first outputs of LSTM and classifier several times smaller, and a
+    model trained from scratch then predicts nothing but class frequencies for many epochs.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -182,9 +186,12 @@ class CPFCTE(nn.Module):
 
     def patch_tokens(self, images):
         """Eq. (1): P = ViT(x), the normed patch tokens (B, h, w, D); its own [CLS] is dropped."""
-        h, w = (side // patch for side, patch in
-                zip(images.shape[-2:], self.backbone.patch_embed.patch_size))
-        tokens = self.backbone.forward_features(self.normalise(images))
+        size, patch = tuple(images.shape[-2:]), self.backbone.patch_embed.patch_size
+        h, w = size[0] // patch[0], size[1] // patch[1]
+        if (h * patch[0], w * patch[1]) != size:
+            raise DataError(f"--size {size[0]} is no multiple of the {patch[0]} pixels of a patch "
+                            f"of {self.config.backbone}")
+        tokens = self.backbone.fc_norm(self.backbone.forward_features(self.normalise(images)))
         return tokens[:, self.backbone.num_prefix_tokens:].unflatten(1, (h, w))
 
     def enhance(self, tokens):
@@ -216,7 +223,7 @@ class CPFCTE(nn.Module):
         """
         last = self.backbone.blocks[len(self.backbone.blocks) - blocks:] if blocks else []
         self.backbone.requires_grad_(blocks >= len(self.backbone.blocks))
-        for module in [*last, *([self.backbone.norm] if blocks else [])]:
+        for module in [*last, *([self.backbone.norm, self.backbone.fc_norm] if blocks else [])]:
             module.requires_grad_(True)
 
 
@@ -229,8 +236,8 @@ def pool_patches(patch_probs, pool="topk", top_k=6):
 
 def classification_loss(scores, image_labels):
     """Eq. (9): binary cross-entropy between s and y, (B, C) each, mean over classes and images."""
-    s = scores.float().clamp(1e-6, 1 - 1e-6)
-    return F.binary_cross_entropy(s, image_labels)
+    s, y = scores.float().clamp(1e-6, 1 - 1e-6), image_labels
+    return -(y * s.log() + (1 - y) * (1 - s).log()).mean()
 
 
 # --- DeepLabv2 ---------------------------------------------------------------------------------
@@ -326,9 +333,13 @@ def join_processes():
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     torch.set_flush_denormal(True)  # a CPU is several times slower on the tiniest gradients
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local_rank)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return torch.device("cuda", local_rank) if cuda else torch.device("cpu"), rank, world
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise DataError(f"--nproc-per-node is more than the {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world > 1:  # the long timeout: ranks wait while others finish their CRFs or rank 0 scores
+        cuda = dict(backend="nccl", device_id=device) if device.type == "cuda" else {}
+        dist.init_process_group(**{"backend": "gloo", **cuda}, timeout=timedelta(hours=12))
+    return device, rank, world

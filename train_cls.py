@@ -33,7 +33,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--train-split", help="split whose images and image labels are trained on")
     add("--val-split", help="split whose image labels score each epoch; none: no score")
-    add("--size", type=int, help="images are resized to SIZE x SIZE, aspect ratio not kept")
+    add("--size", type=data.positive,
+        help="images are resized to SIZE x SIZE, aspect ratio not kept")
     add("--backbone", help="any ViT of timm (or vit_toy); its patch tokens are P in Eq. (1)")
     add("--class-tokens", choices=("soft", "all", "append", "none"), default="soft",
         help="t(i) in Eq. (2). soft: each patch's own mixture of the tokens; all: every token for "
@@ -41,12 +42,13 @@ def parse_args(argv=None):
     add("--context", choices=("hv", "raster", "none"), default="hv", help="Eq. (3) to (6). hv: "
         "along rows and columns; raster: along the row-major sequence; none: Table 4")
     add("--pool", choices=("topk", "max", "avg"), default="topk", help="Eq. (8), Table 5")
-    add("--top-k", type=int, default=6, help="K in Eq. (8): 1 is max, all patches is average")
+    add("--top-k", type=data.positive, default=6,
+        help="K in Eq. (8): 1 is max pooling, all patches is average pooling")
     add("--dropout", type=float, default=0.2, help="before the BiLSTM and before the classifier")
     add("--augment", nargs="*", choices=("flip", "jitter", "vflip", "transpose"),
         default=["flip", "jitter"], help="the last two are ViT-PCM's, off in this repository")
-    add("--epochs", type=int, help="passes over the training images")
-    add("--batch-size", type=int, help="images of one step, over all ranks together")
+    add("--epochs", type=data.positive, help="passes over the training images")
+    add("--batch-size", type=data.positive, help="images of one step, over all ranks together")
     add("--frozen-epochs", type=int, help="first epochs, in which the backbone does not learn")
     add("--train-blocks", type=int, help="last transformer blocks that learn after that; all of "
         "them: the whole backbone, embeddings included")
@@ -138,8 +140,12 @@ def plain(args):
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
 
 
-def check_resume(checkpoint, args, path):
-    """Refuse to go on with other settings than those that the checkpoint was made with."""
+def check_resume(checkpoint, args, path, **facts):
+    """Refuse to go on with other flags, or on other data, than the checkpoint was made with."""
+    for name, value in facts.items():
+        if checkpoint[name] != value:
+            raise DataError(f"{path} was made with other {name}: choose another --run, or "
+                            "--overwrite")
     free = {"data", "run", "preset", "workers", "amp", "weights", "pretrained", "resume",
             "overwrite"}
     for name, old in checkpoint["args"].items():
@@ -172,7 +178,7 @@ def main(args):
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     step = 0
     if checkpoint:
-        check_resume(checkpoint, args, path)
+        check_resume(checkpoint, args, path, classes=folder.classes, ids=ids)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step = checkpoint["epoch"] * steps_per_epoch
@@ -219,8 +225,8 @@ def main(args):
             dist.all_reduce(mean_loss)
         if rank == 0:
             f1, mean_ap = validate(model, val, args, device) if val else (None, None)
-            save_checkpoint(path, "cls", model, classes=folder.classes, epoch=epoch + 1,
-                            args=plain(args), optimizer=optimizer.state_dict())
+            save_checkpoint(path, "cls", model, classes=folder.classes, ids=ids,
+                            epoch=epoch + 1, args=plain(args), optimizer=optimizer.state_dict())
             data.log(args.run, STAGE, epoch=epoch + 1, of=args.epochs, loss=float(mean_loss),
                      lr=lr, val_f1=f1, val_map=mean_ap, images_s=speed)
         losses, began = [], time.time()

@@ -43,10 +43,10 @@ def parse_args(argv=None):
     add("--scales", type=float, nargs="+", help="input scales that the loss and the maximum are "
         "over; the first is the reference")
     add("--rescale", type=float, nargs=2, help="range of the random rescaling in training")
-    add("--crop", type=int, help="side of the random crop in pixels")
-    add("--batch-size", type=int, help="images of one iteration, over all ranks together")
-    add("--iterations", type=int, help="optimiser steps in all; the poly decay ends there")
-    add("--save-every", type=int, help="iterations between two checkpoints")
+    add("--crop", type=data.positive, help="side of the random crop in pixels")
+    add("--batch-size", type=data.positive, help="images of one iteration, over all ranks together")
+    add("--iterations", type=data.positive, help="optimiser steps; the poly decay ends there")
+    add("--save-every", type=data.positive, help="iterations between two checkpoints")
     add("--lr", type=float, help="of the backbone, before the poly decay")
     add("--aspp-lr", type=float, help="of ASPP's weights, times --lr; its biases get twice that")
     add("--freeze-bn", action=argparse.BooleanOptionalAction,
@@ -80,7 +80,6 @@ class MaskedImages(Dataset):
         # a window of crop x crop at random; what lies outside the image is filled and ignored
         left, top = (int(rng.integers(min(0, side - self.crop), max(0, side - self.crop) + 1))
                      for side in size)
-        window = (left, top, left + self.crop, top + self.crop)
         canvas = Image.new("RGB", (self.crop, self.crop), self.fill)
         canvas.paste(image, (-left, -top))
         target = Image.new("L", (self.crop, self.crop), IGNORE)
@@ -149,8 +148,15 @@ def main(args):
         raise DataError(f"{path} exists: --resume goes on, --overwrite starts anew")
     checkpoint = load_checkpoint(path, "seg") if args.resume and path.exists() else None
 
-    # --- model ---
+    # --- data ---
     folder = Folder(args.data)
+    ids = folder.ids(args.train_split)
+    val_ids = [] if args.val_split == "none" else folder.ids(args.val_split)
+    masks_dir = args.masks or args.run / "pseudo"
+    note = masks_dir / "settings.json"  # how stage 2 made them
+    facts = dict(classes=folder.classes, ids=ids, masks=note.read_text() if note.is_file() else "")
+
+    # --- model ---
     torch.manual_seed(args.seed)
     config = SegmenterConfig(len(folder.classes), args.backbone, scales=tuple(args.scales))
     pretrained, weights = (False, None) if checkpoint else (args.pretrained, args.weights)
@@ -160,7 +166,7 @@ def main(args):
                                 momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     step = 0
     if checkpoint:
-        check_resume(checkpoint, args, path)
+        check_resume(checkpoint, args, path, **facts)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step = checkpoint["step"]
@@ -168,17 +174,15 @@ def main(args):
             print(f"{STAGE}  {path} is complete: {step} iterations")
     network = DistributedDataParallel(model) if world > 1 else model
 
-    # --- data ---
-    ids = folder.ids(args.train_split)
-    val_ids = [] if args.val_split == "none" else folder.ids(args.val_split)
+    # --- batches ---
     fill = tuple((255 * model.normalise.mean).round().int().flatten().tolist())
-    dataset = MaskedImages(folder, ids, args.masks or args.run / "pseudo", args.crop, args.rescale,
-                           args.seed, fill)
+    dataset = MaskedImages(folder, ids, masks_dir, args.crop, args.rescale, args.seed, fill)
     loader = DataLoader(dataset, num_workers=args.workers, pin_memory=device.type == "cuda",
                         batch_sampler=data.batches(len(ids), args.batch_size, args.seed, step,
                                                    args.iterations, rank, world))
 
     # --- train ---
+    data.write_lines(args.run / "preset.txt", [args.preset])  # for evaluate.py --image
     progress = tqdm(loader, initial=step, total=args.iterations,
                     disable=None if rank == 0 else True)
     losses, began = [], time.time()
@@ -209,10 +213,11 @@ def main(args):
         if rank == 0:
             miou = validate(model, folder, val_ids, args, device)
             set_train(model, args.freeze_bn)
-            save_checkpoint(path, "seg", model, classes=folder.classes, step=step,
-                            args=plain(args), optimizer=optimizer.state_dict())
+            save_checkpoint(path, "seg", model, **facts, step=step, args=plain(args),
+                            optimizer=optimizer.state_dict())
             data.log(args.run, STAGE, iteration=step, of=args.iterations, loss=float(mean_loss),
-                     lr=lr, val_miou=miou, images_s=speed)
+                     lr=lr, val_miou=miou, val_images=len(val_ids[:args.val_images]), crf=False,
+                     images_s=speed)
         losses, began = [], time.time()
 
 

@@ -23,7 +23,7 @@ def toy(tmp_path_factory):
 
 @pytest.fixture
 def toy_copy(toy, tmp_path):
-    """The same data set, hard-linked into a folder that a test may damage."""
+    """The same data set, copied into a folder that a test may damage."""
     import shutil
     return Path(shutil.copytree(toy, tmp_path / "toy"))
 

@@ -224,16 +224,19 @@ def test_deeplab_shapes_stride_and_rates():
 
 def test_aspp_sums_branches_that_reach_exactly_their_rates():
     model = DeepLabv2(SegmenterConfig(1, "resnet_toy")).eval()
+    model.normalise = nn.Identity()
+    model.backbone.forward = lambda images: [images]
     features = torch.zeros(1, 96, 61, 61, requires_grad=True)
-    sum(conv(features) for conv in model.aspp)[0, 0, 30, 30].backward()
+    model.logits(features)[0, 0, 30, 30].backward()
     rows = features.grad.abs().sum((0, 1, 3)).nonzero().flatten() - 30
     assert rows.tolist() == [-24, -18, -12, -6, 0, 6, 12, 18, 24]
+    weights = sum(conv.weight[0, :, 1, 1] for conv in model.aspp)  # summed, not averaged
+    torch.testing.assert_close(features.grad[0, :, 30, 30], weights)
 
 
 def test_resnet101_keeps_stride_8_by_dilation():
     with torch.device("meta"):
-        backbone = timm.create_model("resnet101", features_only=True, output_stride=8,
-                                     out_indices=(-1,))
+        backbone = DeepLabv2(SegmenterConfig(21, "resnet101")).backbone
     assert backbone.feature_info.reduction() == [8]
     dilations = {n: m.dilation[0] for n, m in backbone.named_modules()
                  if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)}
@@ -270,14 +273,25 @@ def test_bad_weights_are_one_line(tmp_path, write, words):
     assert "\n" not in str(caught.value) and "bad.pth" in str(caught.value)
 
 
-def test_unreachable_hub_and_unknown_model_are_one_line(monkeypatch):
+def test_unreachable_hub_and_unfit_models_are_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_CACHE", "/nonexistent")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(DataError, match="--weights") as caught:
         CPFCTE(ClassifierConfig(C, "vit_tiny_patch16_224.augreg_in21k"), pretrained=True)
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="vit_huge_unknown"):
         CPFCTE(ClassifierConfig(C, "vit_huge_unknown"))
+    with pytest.raises(DataError, match="resnet18 does not fit here"):
+        CPFCTE(ClassifierConfig(C, "resnet18"))
+    with pytest.raises(DataError, match="--size 100 is no multiple of the 8 pixels"):
+        tiny()(torch.rand(1, 3, 100, 100))
+
+
+def test_average_pooled_vits_are_normed_too():
+    model = CPFCTE(ClassifierConfig(C, "vit_tiny_patch16_224"))
+    model.backbone = timm.create_model("vit_tiny_patch16_224", num_classes=0, global_pool="avg")
+    tokens = model.patch_tokens(torch.rand(1, 3, 224, 224))
+    torch.testing.assert_close(tokens.mean(-1), torch.zeros(1, 14, 14), atol=1e-4, rtol=0)
 
 
 def test_checkpoints_describe_themselves_and_name_what_is_wrong(tmp_path):

@@ -114,6 +114,10 @@ def test_crops_keep_image_and_mask_together_and_fill_with_ignore(tmp_path):
 
 def test_a_loss_that_is_not_finite_names_the_epoch_and_the_images(toy, tmp_path, monkeypatch):
     args = train_cls.parse_args(["--data", str(toy), "--run", str(tmp_path), "--workers", "0"])
-    monkeypatch.setattr(train_cls, "classification_loss", lambda *_: torch.tensor(math.nan))
+    class Broken(train_cls.CPFCTE):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.classifier.weight.data[0, 0] = math.nan
+    monkeypatch.setattr(train_cls, "CPFCTE", Broken)
     with pytest.raises(DataError, match="nan in epoch 1, images train_000"):
         train_cls.main(args)
