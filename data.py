@@ -128,11 +128,8 @@ def training_parser(doc):
 
 def parse(parser, stage, argv=None, needed=("data", "run")):
     """Parse argv with the defaults that --preset, or DATA/preset.txt, gives to this stage."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--data", type=Path)
-    early.add_argument("--run", type=Path)
-    early.add_argument("--preset")
-    known, _ = early.parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     notes = [home / "preset.txt" for home in (known.data, known.run) if home]
     named = [note.read_text().strip() for note in notes if note.is_file()]
     preset = known.preset or (named or ["voc"])[0]
@@ -347,15 +344,11 @@ def toy_pattern(pattern, rng):
     """(96, 96) bool: stripes or checks of a period of 6 to 8 pixels at a random phase."""
     y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE]
     period, phase_x, phase_y = rng.uniform(6, 8), rng.uniform(0, 8), rng.uniform(0, 8)
-    def stripes(position):
-        return position / period % 1 < 0.5
-    if pattern == "vertical":
-        return stripes(x + phase_x)
-    if pattern == "horizontal":
-        return stripes(y + phase_y)
-    if pattern == "checks":
-        return stripes(x + phase_x) ^ stripes(y + phase_y)
-    return stripes((x + y) / math.sqrt(2) + phase_x)
+    vertical = (x + phase_x) / period % 1 < 0.5
+    horizontal = (y + phase_y) / period % 1 < 0.5
+    diagonal = ((x + y) / math.sqrt(2) + phase_x) / period % 1 < 0.5
+    return {"vertical": vertical, "horizontal": horizontal, "checks": vertical ^ horizontal,
+            "diagonal": diagonal}[pattern]
 
 
 def toy_shape(rng):
@@ -464,14 +457,16 @@ def voc_label_line(root, image_id):
     return " ".join([image_id, *sorted(names, key=VOC_CLASSES.index)])
 
 
+def read_ids(path):
+    """The ids of a split list that an archive brings."""
+    if not path.is_file():
+        raise DataError(f"{path} not found: unpack VOC so that ROOT/Annotations exists (and SBD so "
+                        "that --sbd holds train.txt and val.txt), or pass --download")
+    return path.read_text().split()
+
+
 def make_voc(root, sbd=None, counts=VOC_COUNTS):
     """Turn an unpacked VOC 2012 (and SBD's two lists, if sbd is given) into a data set folder."""
-    def read_ids(path):
-        if not path.is_file():
-            raise DataError(f"{path} not found: unpack the archive so that {root}/Annotations "
-                            "exists (and --sbd holds train.txt and val.txt), or pass --download")
-        return path.read_text().split()
-
     lists = root / "ImageSets/Segmentation"
     splits = {name: read_ids(lists / f"{name}.txt") for name in ("train", "val")}
     home = lists
