@@ -82,9 +82,8 @@ def run(main, args):
         main(args)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def positive(text):

@@ -53,12 +53,15 @@ def exact_mean_field(image, probs, iterations, kernels):
     return Q.reshape(C, H, W)
 
 
-@pytest.mark.parametrize("sxy, srgb, compat", [(67, 3, 4), (10, 13, 10)])
-def test_crf_against_the_direct_mean_field(sxy, srgb, compat):
+@pytest.mark.parametrize("sxy, srgb, compat, agreement, difference", [
+    (67, 3, 4, 0.92, 0.055), (10, 13, 10, 0.96, 0.03), (30, 20, 10, 0.98, 0.01)])
+def test_crf_against_the_direct_mean_field(sxy, srgb, compat, agreement, difference):
     rng = np.random.default_rng(0)
-    image = np.full((24, 30, 3), (40, 90, 160), np.uint8)
-    image[6:18, 8:24] = (200, 60, 30)  # dark and bright values, red and blue apart
-    image = (image + rng.integers(-3, 4, image.shape)).astype(np.uint8)
+    image = np.zeros((24, 30, 3))  # ramps, so that every colour distance occurs
+    image[..., 0] = np.linspace(20, 235, 30)
+    image[..., 2] = np.linspace(200, 40, 24)[:, None]
+    image[6:18, 8:24, 1] = 60
+    image = (image + rng.integers(-3, 4, image.shape)).clip(0, 255).astype(np.uint8)
     probs = rng.dirichlet((2, 2, 2), (24, 30)).transpose(2, 0, 1).astype(np.float32)
     probs[1, 6:18, 8:24] += 0.5
     probs /= probs.sum(0)
@@ -68,9 +71,10 @@ def test_crf_against_the_direct_mean_field(sxy, srgb, compat):
     assert result.shape == probs.shape and result.dtype == np.float32
     np.testing.assert_allclose(result.sum(0), 1, atol=1e-4)
     assert (result.argmax(0) != probs.argmax(0)).mean() > 0.1  # there was something to refine
-    # the permutohedral lattice approximates the Gaussians: a few pixels near a tie may differ
-    assert (result.argmax(0) == exact.argmax(0)).mean() > 0.97
-    assert np.abs(result - exact).mean() < 0.03
+    # the permutohedral lattice approximates the Gaussians, the worse the narrower they are; a
+    # deviation that is wrong by half misses each of these bounds
+    assert (result.argmax(0) == exact.argmax(0)).mean() > agreement
+    assert np.abs(result - exact).mean() < difference
 
 
 def test_crf_with_one_class_and_without_iterations():
