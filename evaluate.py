@@ -213,6 +213,9 @@ def segment_photo(args, model, classes, device, crf):
     data.save_mask(args.out, mask)
     blend = Image.blend(image, colour(mask), 0.6)
     overlay = Image.composite(blend, image, Image.fromarray((mask > 0).astype(np.uint8) * 255))
+    zoom = max(1, -(-480 // overlay.width))  # a small photo is enlarged, so that the legend fits
+    size = zoom * overlay.width, zoom * overlay.height
+    overlay = overlay.resize(size, Image.Resampling.NEAREST)
     names = {k: classes[k] for k in np.unique(mask).tolist()}
     path = args.out.with_name(f"{args.out.stem}_overlay.png")
     save_picture(stack([overlay, legend(names, overlay.width)]), path)

@@ -125,7 +125,10 @@ def test_anybodys_photo(run, tmp_path):
     out = tmp_path / "photo.png"
     in_process(evaluate, "--run", run[0], "--image", tmp_path / "photo.jpg", "--out", out, "--crf")
     assert data.read_mask(out, 9).shape == (75, 130)
-    assert Image.open(tmp_path / "photo_overlay.png").width == 130
+    with Image.open(tmp_path / "photo_overlay.png") as overlay:
+        assert overlay.width == 4 * 130 and overlay.height > 4 * 75  # enlarged, and a legend
+    with pytest.raises(SystemExit):
+        in_process(evaluate, "--run", run[0], "--image", out, "--out", out)
 
 
 # --- interruptions -----------------------------------------------------------------------------
