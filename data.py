@@ -159,6 +159,12 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
+def write_lines(path, lines):
+    """Write a text file, one line an entry, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines))
+
+
 def log(run, stage, **values):
     """Print one line of results and append the same values to RUN/log.jsonl."""
     shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
@@ -319,6 +325,15 @@ def iou_per_class(confusion):
     return np.where(occurs, true_positive / np.maximum(union, 1), np.nan)
 
 
+# --- the makers of data sets ------------------------------------------------------------------
+
+def write_folder_files(root, preset, classes, label_lines):
+    """Write a folder's three readable files; image_labels.txt, the last one, completes it."""
+    write_lines(root / "classes.txt", classes)
+    write_lines(root / "preset.txt", [preset])
+    write_lines(root / "image_labels.txt", label_lines)
+
+
 # --- toy: the embedded data set, "beetles" -----------------------------------------------------
 # A beetle's class is the pair (pattern of its body, colour of its head): neither a body patch nor a
 # head patch alone tells the class, so context has to carry it from one to the other (Sec. 0.3.3).
@@ -407,19 +422,6 @@ def make_toy(root, num):
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
                "dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()
 VOC_COUNTS = {"train": 1464, "val": 1449, "trainaug": 10582}
-
-
-def write_lines(path, lines):
-    """Write a text file, one line an entry, atomically."""
-    with atomic(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines))
-
-
-def write_folder_files(root, preset, classes, label_lines):
-    """Write a folder's three readable files; image_labels.txt, the last one, completes it."""
-    write_lines(root / "classes.txt", classes)
-    write_lines(root / "preset.txt", [preset])
-    write_lines(root / "image_labels.txt", label_lines)
 
 
 def download_voc(root, sbd):

@@ -246,7 +246,7 @@ def main(args):
     ids, pred = folder.ids(args.split), args.run / "pred"
     about = dict(checkpoint=str(args.run / "seg.pt"), masks=str(pred), crf=args.crf,
                  image_labels_used=False, seed=checkpoint["args"]["seed"])
-    settings = about | dict(seg=digest(args.run / "seg.pt"), constants=crf)
+    settings = about | dict(data=str(args.data), seg=digest(args.run / "seg.pt"), constants=crf)
     note = pred / "settings.json"
     if not note.is_file() or json.loads(note.read_text()) != settings:
         claim(pred, settings, overwrite=True)  # else a killed run goes on where it stopped

@@ -171,7 +171,7 @@ def claim(directory, settings, overwrite):
         for path in directory.glob("*.png"):
             path.unlink()
     elif note.is_file() and json.loads(note.read_text()) != settings:
-        raise DataError(f"{directory} holds masks of another cls.pt or other flags ({note}): "
+        raise DataError(f"{directory} holds masks of other data, cls.pt or flags ({note}): "
                         "--overwrite replaces them, --run writes elsewhere")
     data.write_lines(note, [json.dumps(settings)])
 
@@ -210,8 +210,9 @@ def main(args):
     # --- what is there already ---
     bpm, pseudo = args.run / "bpm", args.run / "pseudo" if args.crf else None
     if rank == 0:
-        settings = dict(cls=digest(args.run / "cls.pt"), size=args.size, max_norm=args.max_norm,
-                        image_labels_used=True, seed=checkpoint["args"]["seed"])
+        settings = dict(cls=digest(args.run / "cls.pt"), data=str(args.data), size=args.size,
+                        max_norm=args.max_norm, image_labels_used=True,
+                        seed=checkpoint["args"]["seed"])
         claim(bpm, settings | dict(crf=False), args.overwrite)
         if pseudo:
             claim(pseudo, settings | dict(crf=True) | crf_settings(args), args.overwrite)

@@ -120,6 +120,16 @@ def test_folders_of_masks_know_how_they_were_made(run, toy, toy_copy, capsys):
     assert "mIoU 100.00 %" in capsys.readouterr().out
 
 
+def test_predictions_of_another_data_set_with_the_same_ids_are_not_reused(run, toy_copy, tmp_path):
+    here = shutil.copytree(run[0], tmp_path / "run")
+    for path in (toy_copy / "JPEGImages").glob("test_*.jpg"):
+        Image.new("RGB", (96, 96), (9, 99, 199)).save(path)
+    in_process(evaluate, "--data", toy_copy, "--run", here, "--workers", "0")
+    assert len(set(masks(here / "pred").values())) == 1  # one picture, one mask
+    with pytest.raises(DataError, match="other data"):
+        in_process(make_pseudo, "--data", toy_copy, "--run", here, "--workers", "0")
+
+
 def test_anybodys_photo(run, tmp_path):
     Image.new("CMYK", (130, 75), (20, 90, 10, 0)).save(tmp_path / "photo.jpg")
     out = tmp_path / "photo.png"
