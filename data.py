@@ -2,6 +2,7 @@
 
 Run:    python data.py toy --root data/toy                             (8 s, nothing is downloaded)
         python data.py voc --root data/VOC2012 [--sbd DIR] [--download]
+        python data.py coco --root data/COCO2014 [--train-masks] [--download]
 Writes: ROOT/JPEGImages/ID.jpg                    the images, RGB
         ROOT/SegmentationClass/ID.png             palette masks to score: 0 background, 255 ignore
         ROOT/ImageSets/Segmentation/SPLIT.txt     one id a line
@@ -57,7 +58,7 @@ PRESETS = {
         "evaluate": dict(split="test", crf_sxy=10, crf_srgb=13),
     },
 }
-PRESETS["coco"] = {  # as voc; 100,000 iterations is the public PyTorch DeepLabv2's COCO setting
+PRESETS["coco"] = {  # as voc; 100,000 iterations: the public PyTorch DeepLabv2's COCO-Stuff setting
     **PRESETS["voc"],
     "train_cls": PRESETS["voc"]["train_cls"] | dict(train_split="train"),
     "make_pseudo": PRESETS["voc"]["make_pseudo"] | dict(split="train"),
@@ -345,6 +346,7 @@ HEADS = {"red": (200, 45, 40), "green": (45, 165, 60)}
 TOY_CLASSES = ["background", *(f"{pattern}_{head}" for pattern in PATTERNS for head in HEADS)]
 PARTS = ["body", "head"]  # 1 and 2 in Parts/ID.png
 MIN_VISIBLE = 30  # pixels; a beetle that shows fewer is not labelled, and 255 in the mask
+TEXTURES = ("dots", "rings", "bricks", "zigzag")  # of backgrounds, with --cooccur
 
 
 def toy_background(rng):
@@ -365,6 +367,17 @@ def toy_pattern(pattern, rng):
             "diagonal": diagonal}[pattern]
 
 
+def toy_texture(texture, rng):
+    """(96, 96) bool: one of TEXTURES at a random phase, period about 12 pixels; no body has it."""
+    y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE] + rng.uniform(0, 12, (2, 1, 1))
+    row = y // 6
+    dots = (x % 12 - 6) ** 2 + (y % 12 - 6) ** 2 < 14
+    rings = np.hypot(x % 48 - 24, y % 48 - 24) % 12 < 4
+    bricks = (y % 6 < 1.5) | ((x + row % 2 * 6) % 12 < 1.5)
+    zigzag = (y + abs(x % 12 - 6)) % 12 < 4
+    return {"dots": dots, "rings": rings, "bricks": bricks, "zigzag": zigzag}[texture]
+
+
 def toy_shape(rng):
     """Two (96, 96) bool: an elliptic body and a disc head that overlaps one end of it."""
     y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE]
@@ -379,12 +392,23 @@ def toy_shape(rng):
     return body, head
 
 
-def toy_scene(split, index):
-    """Scene `index` of split 0, 1 or 2: image (96, 96, 3), mask and parts (96, 96), all uint8."""
-    shapes, colours = (np.random.default_rng([TOY_SEED, split, index, use]) for use in (0, 1))
+def toy_scene(split, index, cooccur=None):
+    """Scene `index` of split 0, 1 or 2: image (96, 96, 3), mask and parts (96, 96), all uint8.
+
+    cooccur None: plain backgrounds. Else a probability: so often the background has the texture
+    that the class of the scene's first beetle prefers, otherwise any of the four. The beetles, and
+    with them mask and parts, are the same for every value.
+    """
+    shapes, colours, places = (np.random.default_rng([TOY_SEED, split, index, use])
+                               for use in range(3))
     image = toy_background(colours)
     mask, parts, owner = (np.zeros((TOY_SIZE, TOY_SIZE), np.uint8) for _ in range(3))
     labels = shapes.choice(len(TOY_CLASSES) - 1, size=shapes.integers(1, 4), replace=False) + 1
+    if cooccur is not None:
+        favoured, texture = places.random() < cooccur, places.integers(len(TEXTURES))
+        # a train and its rails: two classes of other patterns share each texture
+        texture = (labels[0] - 1) % len(TEXTURES) if favoured else texture
+        image[toy_texture(TEXTURES[texture], places)] *= 0.5
     for number, label in enumerate(labels, 1):
         pattern, head_colour = TOY_CLASSES[label].split("_")
         body, head = toy_shape(shapes)
@@ -399,13 +423,13 @@ def toy_scene(split, index):
     return image.clip(0, 255).astype(np.uint8), mask, parts
 
 
-def make_toy(root, num):
+def make_toy(root, num, cooccur=None):
     """Write the beetles to root; num = images of (train, val, test). Fewer images are a prefix."""
     label_lines = []
     for split, (name, count) in enumerate(zip(("train", "val", "test"), num)):
         ids = [f"{name}_{index:05d}" for index in range(count)]
         for index, image_id in enumerate(tqdm(ids, desc=name, disable=None)):
-            image, mask, parts = toy_scene(split, index)
+            image, mask, parts = toy_scene(split, index, cooccur)
             with atomic(root / "JPEGImages" / f"{image_id}.jpg") as temporary:
                 Image.fromarray(image).save(temporary, format="JPEG", quality=95)
             save_mask(root / "SegmentationClass" / f"{image_id}.png", mask)
@@ -492,23 +516,161 @@ def make_voc(root, sbd=None, counts=VOC_COUNTS):
     write_folder_files(root, "voc", VOC_CLASSES, label_lines)
 
 
+# --- MS COCO 2014 ------------------------------------------------------------------------------
+
+COCO_COUNTS = {"train": (82783, 82081), "val": (40504, 40137)}  # images, and those with an object
+COCO_ARCHIVES = {  # what of the official site is unpacked to ROOT, with its MD5
+    "zips/train2014.zip": "0da8c0bd3d6becc4dcb32757491aca88",
+    "zips/val2014.zip": "a3d79f5ed8d289b7a7554ce06a5782b3",
+    "annotations/annotations_trainval2014.zip": "0a379cfc70b0e71301e0f377548639bd"}
+
+
+def download_coco(root):
+    """Fetch and unpack COCO 2014's images and annotations into root (13.5, 6.6 and 0.25 GB)."""
+    from torchvision.datasets.utils import download_and_extract_archive
+    for name, md5 in COCO_ARCHIVES.items():
+        done = root / f".{Path(name).stem}.unpacked"  # a folder alone could be half unpacked
+        if done.exists():
+            continue
+        url = f"http://images.cocodataset.org/{name}"
+        try:
+            download_and_extract_archive(url, root, md5=md5, remove_finished=True)
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"the download failed ({error}): fetch {url} by hand and unpack it so "
+                            f"that {root} holds train2014/, val2014/ and annotations/")
+        done.touch()
+
+
+def read_coco(path, with_shapes):
+    """(images {id: (file name, height, width)}, classes {id: name}, objects by image) of a json.
+
+    objects {image id: [(class id, area, is a crowd, shape)]}; shape None without with_shapes, else
+    a list of polygons or an RLE. Each entry is cut down as it is parsed: as Python lists the
+    polygons of the 330 MB of train2014 alone would fill gigabytes.
+    """
+    def compact(entry):
+        if "segmentation" in entry:
+            shape = entry["segmentation"] if with_shapes else None
+            if isinstance(shape, list):
+                shape = [np.array(polygon) for polygon in shape]
+            return (entry["image_id"], (entry["category_id"], entry["area"],
+                                        bool(entry["iscrowd"]), shape))
+        if "file_name" in entry:
+            return entry["id"], (entry["file_name"], entry["height"], entry["width"])
+        return entry
+
+    print(f"reading {path}", flush=True)
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file, object_hook=compact)
+        classes = {entry["id"]: entry["name"].replace(" ", "_") for entry in content["categories"]}
+        images, annotations = dict(content["images"]), content["annotations"]
+    except FileNotFoundError:
+        raise DataError(f"{path} not found: unpack annotations_trainval2014.zip so that "
+                        "ROOT/annotations exists, or pass --download")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no COCO instances file ({type(error).__name__}: {error})")
+    objects = {}
+    for image_id, thing in annotations:
+        objects.setdefault(image_id, []).append(thing)
+    return images, classes, objects
+
+
+def coco_mask(objects, numbers, height, width):
+    """(height, width) uint8 from objects as read_coco gives them; numbers {class id: number}.
+
+    Crowds are 255 and lie at the bottom; then come the instances, the largest first, so that what
+    is small, and mostly lies on or before something larger, stays visible.
+    """
+    from pycocotools import mask as coco
+    mask = np.zeros((height, width), np.uint8)
+    for class_id, _, crowd, shape in sorted(objects, key=lambda thing: (not thing[2], -thing[1])):
+        if isinstance(shape, list):
+            shape = coco.merge(coco.frPyObjects([p.tolist() for p in shape], height, width))
+        elif isinstance(shape["counts"], list):
+            shape = coco.frPyObjects(shape, height, width)
+        mask[coco.decode(shape) > 0] = IGNORE if crowd else numbers[class_id]
+    return mask
+
+
+def link_image(source, link):
+    """Make link a relative symbolic link to source, unless it exists; source must exist."""
+    if not source.is_file():
+        raise DataError(f"{source} not found: unpack {source.parent.name}.zip again")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not os.path.lexists(link):
+        link.symlink_to(os.path.relpath(source, link.parent))
+
+
+def make_coco(root, train_masks=False, counts=COCO_COUNTS):
+    """Turn COCO 2014's official layout into a data set folder, with masks of val (and of train).
+
+    Image labels are the classes of all annotations, crowds included; images without any are left
+    out. Class numbers are 1 to 80 in the official order.
+    """
+    label_lines, lists = [], root / "ImageSets/Segmentation"
+    for split in ("train", "val"):
+        path, with_masks = root / f"annotations/instances_{split}2014.json", split == "val"
+        with_masks |= train_masks
+        images, classes, objects = read_coco(path, with_masks)
+        found = len(images), len(objects)
+        if found != counts[split]:
+            raise DataError(f"{path} has %d images, %d with an object; expected %d and %d: is it "
+                            "COCO 2014's?" % (found + counts[split]))
+        numbers = {class_id: number for number, class_id in enumerate(sorted(classes), 1)}
+        ids = []
+        for image_id in tqdm(sorted(objects), desc=split, disable=None):
+            name, height, width = images[image_id]
+            ids.append(Path(name).stem)
+            link_image(root / f"{split}2014" / name, root / "JPEGImages" / f"{ids[-1]}.jpg")
+            present = sorted({thing[0] for thing in objects[image_id]})
+            label_lines.append(" ".join([ids[-1], *(classes[i] for i in present)]))
+            if with_masks:
+                mask = coco_mask(objects[image_id], numbers, height, width)
+                save_mask(root / "SegmentationClass" / f"{ids[-1]}.png", mask)
+        write_lines(lists / f"{split}.txt", ids)
+        print(f"{split}: {found[0]:,} images, {found[1]:,} with an object")
+    names = ["background", *(classes[class_id] for class_id in sorted(classes))]
+    write_folder_files(root, "coco", names, label_lines)
+
+
+def probability(text):
+    """argparse type: a number from 0 to 1."""
+    try:
+        if 0 <= float(text) <= 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+
+
 def parse_args(argv=None):
-    """`toy` or `voc`, and where to."""
+    """`toy`, `voc` or `coco`, and where to."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", choices=("toy", "voc"))
+    parser.add_argument("dataset", choices=("toy", "voc", "coco"))
     parser.add_argument("--root", type=Path, required=True, help="the data set folder")
     parser.add_argument("--num", type=int, nargs=3, default=(1500, 200, 200), metavar="N",
                         help="toy: images of train, val and test (default: 1500 200 200)")
+    parser.add_argument("--cooccur", type=probability, metavar="P",
+                        help="toy: textured backgrounds; with probability P the texture is the one "
+                        "that the first beetle's class prefers, a temptation to call it a beetle")
     parser.add_argument("--sbd", type=Path, help="voc: SBD's folder; its train.txt and val.txt "
                         "make the 10,582 images of trainaug")
-    parser.add_argument("--download", action="store_true", help="voc: fetch VOC 2012 and SBD first")
+    parser.add_argument("--train-masks", action="store_true", help="coco: masks of train as well "
+                        "as of val; only to score pseudo masks")
+    parser.add_argument("--download", action="store_true", help="voc, coco: fetch the archives of "
+                        "VOC 2012 and SBD, or of COCO 2014, first")
     return parser.parse_args(argv)
 
 
 def main(args):
     if args.dataset == "toy":
-        make_toy(args.root, args.num)
+        make_toy(args.root, args.num, args.cooccur)
+    elif args.dataset == "coco":
+        if args.download:
+            download_coco(args.root)
+        make_coco(args.root, args.train_masks)
     else:
         if args.download:
             args.sbd = args.sbd or args.root / "sbd"

@@ -1,14 +1,17 @@
 """Shared by the tests: the path, a tiny toy data set, a way to run a script."""
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 torch.set_num_threads(2)
 
 
@@ -26,6 +29,52 @@ def toy_copy(toy, tmp_path):
     """The same data set, copied into a folder that a test may damage."""
     import shutil
     return Path(shutil.copytree(toy, tmp_path / "toy"))
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """COCO 2014's layout: 5 + 3 images of 48x32, of which 1 + 1 have no object."""
+    from pycocotools import mask as coder
+    root, rng = tmp_path / "coco", np.random.default_rng(0)
+    ids = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
+    names = {1: "person", 10: "traffic light", 90: "toothbrush"}
+    categories = [dict(id=i, name=names.get(i, f"thing {i}"), supercategory="x") for i in ids]
+
+    def box(x, y, right, bottom):
+        return [[x, y, right, y, right, bottom, x, bottom]]
+
+    def rle(rows, columns, compressed):
+        mask = np.zeros((32, 48), np.uint8, order="F")
+        mask[rows, columns] = 1
+        if compressed:
+            coded = coder.encode(mask)
+            return dict(size=[32, 48], counts=coded["counts"].decode())
+        runs = np.diff(np.flatnonzero(np.diff(mask.ravel("F"), prepend=2, append=2))).tolist()
+        return dict(size=[32, 48], counts=runs)  # starts with zeros, as the format asks
+
+    crowd = rle(slice(20, 30), slice(2, 22), compressed=False)
+    objects = {  # image: class id, area, is a crowd, shape
+        "train": {i: [(1, 100, 0, box(4, 4, 20, 28)), (90, 20, 0, box(30, 2, 40, 6))]
+                  for i in (1, 2, 3, 4)},
+        "val": {101: [(10, 64, 0, box(8, 8, 16, 16)), (1, 384, 0, box(4, 4, 20, 28)),
+                      (90, 40, 0, rle(slice(2, 6), slice(30, 40), compressed=True)),
+                      (1, 200, 1, crowd)],
+                102: [(1, 1536, 1, rle(slice(0, 32), slice(0, 48), compressed=True))]}}
+    for split, numbers in (("train", range(1, 6)), ("val", range(101, 104))):
+        images = [dict(id=i, file_name=f"COCO_{split}2014_{i:012d}.jpg", height=32, width=48)
+                  for i in numbers]
+        annotations = [dict(id=100 * i + k, image_id=i, category_id=category, area=area,
+                            iscrowd=is_crowd, segmentation=shape, bbox=[0, 0, 1, 1])
+                       for i, things in objects[split].items()
+                       for k, (category, area, is_crowd, shape) in enumerate(things)]
+        (root / f"{split}2014").mkdir(parents=True)
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / f"annotations/instances_{split}2014.json").write_text(json.dumps(
+            dict(info={}, images=images, annotations=annotations, categories=categories)))
+        for image in images:
+            pixels = rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / f"{split}2014" / image["file_name"])
+    return root
 
 
 @pytest.fixture(scope="session")

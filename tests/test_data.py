@@ -166,6 +166,36 @@ def test_a_beetle_is_the_pair_of_pattern_and_head():
                 assert (head[:, 0].mean() > head[:, 1].mean()) == red
 
 
+def test_cooccur_changes_the_background_and_nothing_else():
+    assert np.array_equal(data.toy_scene(1, 3)[0], data.toy_scene(1, 3, None)[0])
+    for index in range(5):
+        plain, mask, parts = data.toy_scene(0, index)
+        image, same_mask, same_parts = data.toy_scene(0, index, 0.5)
+        assert np.array_equal(mask, same_mask) and np.array_equal(parts, same_parts)
+        assert np.array_equal(plain[parts > 0], image[parts > 0])
+        darker = (image < plain).any(-1)[mask == 0].mean()
+        assert 0.05 < darker < 0.6
+
+
+def test_cooccur_is_the_probability_of_the_preferred_texture(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(data, "toy_texture", lambda name, rng: chosen.append(name) or
+                        np.zeros((96, 96), bool))
+    first = []
+    for index in range(200):
+        shapes = np.random.default_rng([data.TOY_SEED, 0, index, 0])
+        first.append(shapes.choice(8, size=shapes.integers(1, 4), replace=False)[0])
+    for probability, expected in ((0.0, 1 / 4), (0.9, 0.9 + 0.1 / 4), (1.0, 1)):
+        chosen.clear()
+        for index in range(200):
+            data.toy_scene(0, index, probability)
+        kept = np.mean([data.TEXTURES.index(name) == label % 4
+                        for name, label in zip(chosen, first)])
+        assert abs(kept - expected) < 0.08  # 2.6 standard deviations at 1/4; exact at 1
+    with pytest.raises(SystemExit):
+        data.parse_args(["toy", "--root", "x", "--cooccur", "1.5"])
+
+
 def test_fewer_images_are_a_prefix(toy, tmp_path):
     data.make_toy(tmp_path / "small", (2, 1, 1))
     for path in (tmp_path / "small/JPEGImages").iterdir():
@@ -227,6 +257,71 @@ def test_a_download_that_fails_says_what_to_fetch_by_hand(tmp_path, monkeypatch)
     monkeypatch.setattr("torchvision.datasets.VOCSegmentation.__init__", refuse)
     with pytest.raises(DataError, match="no route to host.*VOCtrainval_11-May-2012.tar"):
         data.download_voc(tmp_path, tmp_path / "sbd")
+
+
+# --- MS COCO -----------------------------------------------------------------------------------
+
+def test_coco_masks_from_polygons_rle_and_crowds(coco):
+    data.make_coco(coco, counts={"train": (5, 4), "val": (3, 2)})
+    folder = Folder(coco)
+    mask = data.read_mask(folder.mask_path("COCO_val2014_000000000101"), 81, (48, 32))
+    expected = np.zeros((32, 48), np.uint8)
+    expected[20:30, 2:22] = 255           # the crowd, an uncompressed RLE, at the bottom
+    expected[4:28, 4:20] = 1              # a person, a polygon, over the crowd
+    expected[8:16, 8:16] = 10             # a traffic light, smaller, over the person
+    expected[2:6, 30:40] = 80             # a toothbrush, a compressed RLE
+    assert np.array_equal(mask, expected)
+    assert np.array_equal(data.read_mask(folder.mask_path("COCO_val2014_000000000102"), 81),
+                          np.full((32, 48), 255))
+
+
+def test_coco_folder_labels_links_and_splits(coco, capsys):
+    data.make_coco(coco, counts={"train": (5, 4), "val": (3, 2)})
+    folder = Folder(coco)
+    assert "train: 5 images, 4 with an object" in capsys.readouterr().out
+    assert len(folder.classes) == 81 and folder.classes[10] == "traffic_light"
+    assert folder.classes[1] == "person" and folder.classes[80] == "toothbrush"
+    assert folder.ids("val") == ["COCO_val2014_000000000101", "COCO_val2014_000000000102"]
+    assert len(folder.ids("train")) == 4 and "COCO_train2014_000000000005" not in folder.ids("train")
+    labels = folder.image_labels("COCO_val2014_000000000101").nonzero().flatten().tolist()
+    assert labels == [0, 1, 10, 80]
+    crowd_only = folder.image_labels("COCO_val2014_000000000102").nonzero().flatten().tolist()
+    assert crowd_only == [0, 1]  # a crowd is an object
+    for image_id in folder.ids("train") + folder.ids("val"):
+        path = folder.image_path(image_id)
+        assert path.is_symlink() and not path.readlink().is_absolute()
+        assert data.read_image(path).size == (48, 32)
+    assert not folder.mask_path("COCO_train2014_000000000001").exists()
+    data.make_coco(coco, train_masks=True, counts={"train": (5, 4), "val": (3, 2)})
+    assert folder.mask_path("COCO_train2014_000000000001").is_file()
+
+
+def test_what_is_wrong_with_coco_is_named(coco):
+    with pytest.raises(DataError, match="has 5 images, 4 with an object; expected 82783 and 82081"):
+        data.make_coco(coco)
+    counts = {"train": (5, 4), "val": (3, 2)}
+    (coco / "train2014/COCO_train2014_000000000002.jpg").unlink()
+    with pytest.raises(DataError, match="000000000002.jpg not found: unpack train2014.zip again"):
+        data.make_coco(coco, counts=counts)
+    assert not (coco / "image_labels.txt").exists()
+    path = coco / "annotations/instances_train2014.json"
+    for content in ("{", "[]", '{"images": []}'):
+        path.write_text(content)
+        with pytest.raises(DataError, match="instances_train2014.json is no COCO instances file"):
+            data.make_coco(coco, counts=counts)
+    path.unlink()
+    with pytest.raises(DataError, match="instances_train2014.json not found.*--download"):
+        data.make_coco(coco, counts=counts)
+
+
+def test_coco_archives_are_fetched_once_and_checked(tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive",
+                        lambda url, root, md5, remove_finished: fetched.append((url, len(md5))))
+    data.download_coco(tmp_path)
+    data.download_coco(tmp_path)
+    assert [length for _, length in fetched] == [32] * 3
+    assert fetched[0][0] == "http://images.cocodataset.org/zips/train2014.zip"
 
 
 def test_worker_tracebacks_are_cut_to_the_one_line():
