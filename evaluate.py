@@ -3,11 +3,14 @@
 Run:    python evaluate.py --data data/toy --run runs/toy [--crf]
         python evaluate.py --data data/toy --masks runs/toy/pseudo --split train
         python evaluate.py --run runs/toy --image photo.jpg --out photo.png
+        python evaluate.py --data data/VOC2012 --run runs/voc --crf --split test --export
 Reads:  RUN/seg.pt, JPEGImages/, SegmentationClass/; Parts/ where there is one
 Writes: RUN/pred/ID.png, RUN/results.json, RUN/figure.png; with --masks DIR/results.json alone;
-        with --image the palette mask OUT and OUT's name + _overlay.png
+        with --image the palette mask OUT and OUT's name + _overlay.png; with --export RUN/results/,
+        what VOC's test server takes, and no score
 """
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -23,6 +26,8 @@ from make_pseudo import (add_crf_flags, claim, crf_settings, dense_crf, digest, 
 from model import build, join_processes, load_checkpoint
 
 IGNORE_POLICY = "pixels whose truth is 255 are left out; a predicted 255 is a miss"
+CHUNK, MAX_CLASSES = 16, 21  # classes upsampled at once; classes that the CRF is over, at most
+EXPORT = "results/VOC2012/Segmentation/comp6_test_cls"  # where VOC's server looks for ID.png
 CELL, ROWS = 150, 6  # the figure: pixels a side of one picture, and how many images
 
 
@@ -35,12 +40,16 @@ def parse_args(argv=None):
     add("--image", type=Path, help="segment this one photo instead")
     add("--out", type=Path, help="where --image writes its mask")
     add("--crf", action="store_true", help="refine the predictions with the dense CRF (paper)")
+    add("--export", action="store_true", help=f"write RUN/{EXPORT}/ID.png for VOC's test server "
+        "and do not score; --split test")
     add_crf_flags(parser)
     args = data.parse(parser, "evaluate", argv, needed=())
     if args.image and not (args.run and args.out):
         parser.error("--image needs --run and --out")
     if args.image and (args.out.suffix != ".png" or args.out.resolve() == args.image.resolve()):
         parser.error("--out is the mask's name: a .png, and not the photo's own")
+    if args.export and (args.masks or args.image):
+        parser.error("--export writes the predictions of --run: leave --masks and --image out")
     if not args.image and not (args.data and (args.run or args.masks)):
         parser.error("--data and --run (or --masks) are needed")
     return args
@@ -57,12 +66,32 @@ def predict_logits(model, image, device, amp):
         return model(images)[-1][0].cpu()
 
 
+def upsampled_argmax(logits, height, width):
+    """Logits (C, h, w) -> (height, width) uint8, the best class of each pixel.
+
+    A few classes at a time: 81 classes of a 960x960 image would be 300 MB at once.
+    """
+    best, mask = torch.full((height, width), -torch.inf), torch.zeros(height, width).byte()
+    for first in range(0, len(logits), CHUNK):
+        value, label = upsample(logits[first:first + CHUNK], height, width).max(dim=0)
+        mask = torch.where(value > best, (label + first).byte(), mask)
+        best = torch.maximum(best, value)
+    return mask.numpy()
+
+
 def predict(logits, image, crf=None):
-    """Logits (C, h, w) of a PIL image -> mask (H, W) uint8; crf: dense_crf's constants, or None."""
-    probs = upsample(logits, image.height, image.width).softmax(dim=0).numpy()
-    if crf is not None:
-        probs = dense_crf(np.array(image), probs, **crf)
-    return probs.argmax(0).astype(np.uint8)
+    """Logits (C, h, w) of a PIL image -> mask (H, W) uint8; crf: dense_crf's constants, or None.
+
+    The CRF is over the classes that are best somewhere (at most the MAX_CLASSES with most pixels):
+    a class that is nowhere best hardly gains a pixel, but costs as much time and memory as another.
+    """
+    mask = upsampled_argmax(logits, image.height, image.width)
+    if crf is None:
+        return mask
+    pixels = np.bincount(mask.ravel(), minlength=len(logits))
+    present = np.sort(np.argsort(-pixels, kind="stable")[:min((pixels > 0).sum(), MAX_CLASSES)])
+    probs = upsample(logits[present], image.height, image.width).softmax(dim=0).numpy()
+    return present[dense_crf(np.array(image), probs, **crf).argmax(0)].astype(np.uint8)
 
 
 def write_prediction(job):
@@ -256,6 +285,14 @@ def main(args):
     for _ in tqdm(in_parallel(write_prediction, jobs, args.workers), total=len(paths),
                   desc=f"predict {args.split}", disable=None):
         pass
+
+    if args.export:
+        for image_id in ids:
+            with data.atomic(args.run / EXPORT / f"{image_id}.png") as temporary:
+                shutil.copyfile(pred / f"{image_id}.png", temporary)
+        print(f"written: {len(ids):,} masks, CRF: {'yes' if crf else 'no'}; upload the archive of "
+              f"`tar czf results.tgz -C {args.run} results`")
+        return
 
     # --- score ---
     results = score(folder, args.split, pred, about, args.workers)

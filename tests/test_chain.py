@@ -130,6 +130,75 @@ def test_predictions_of_another_data_set_with_the_same_ids_are_not_reused(run, t
         in_process(make_pseudo, "--data", toy_copy, "--run", here, "--workers", "0")
 
 
+def test_export_for_vocs_server_needs_no_ground_truth(run, toy_copy, tmp_path):
+    here = shutil.copytree(run[0], tmp_path / "run")
+    shutil.rmtree(toy_copy / "SegmentationClass")
+    victim = sorted((toy_copy / "JPEGImages").glob("test_*.jpg"))[0]
+    Image.open(victim).resize((70, 55)).save(victim)
+    in_process(evaluate, "--data", toy_copy, "--run", here, "--export", "--split", "test")
+    exported = here / "results/VOC2012/Segmentation/comp6_test_cls"
+    ids = (toy_copy / "ImageSets/Segmentation/test.txt").read_text().split()
+    assert sorted(path.name for path in (here / "results").rglob("*.*")) == [f"{i}.png" for i in ids]
+    assert masks(exported) == masks(here / "pred")
+    with Image.open(exported / f"{victim.stem}.png") as mask:
+        assert mask.mode == "P" and mask.size == (70, 55)
+    with pytest.raises(SystemExit):
+        in_process(evaluate, "--data", toy_copy, "--masks", here / "pred", "--export")
+
+
+def test_coco_goes_through_all_four_stages(coco, tmp_path):
+    data.make_coco(coco, train_masks=True, counts={"train": (5, 4), "val": (3, 2)})
+    where = ("--data", coco, "--run", tmp_path, "--workers", "0")
+    tiny = ("--no-pretrained", "--batch-size", "2")
+    in_process(train_cls, *where, *tiny, "--backbone", "vit_toy", "--size", "32", "--epochs", "1")
+    in_process(make_pseudo, *where, "--size", "64")
+    assert len(masks(tmp_path / "pseudo")) == 4
+    in_process(train_seg, *where, *tiny, "--backbone", "resnet_toy", "--iterations", "2",
+               "--crop", "64")
+    in_process(evaluate, *where, "--crf")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["split"], results["num_images"], len(results["iou"])) == ("val", 2, 81)
+    seg = torch.load(tmp_path / "seg.pt", weights_only=True)
+    assert seg["args"]["preset"] == "coco" and seg["config"]["num_classes"] == 81
+
+
+def test_prediction_in_chunks_is_the_argmax_of_the_whole():
+    torch.manual_seed(0)
+    image = Image.new("RGB", (97, 64))
+    for C in (1, 9, 16, 17, 81):
+        logits = torch.randn(C, 9, 13)
+        logits[C // 2] = logits[0]  # a tie: the first wins
+        whole = make_pseudo.upsample(logits, 64, 97).argmax(0).numpy()
+        assert np.array_equal(evaluate.predict(logits, image), whole)
+
+
+def test_crf_over_the_classes_that_are_best_somewhere_is_that_over_all():
+    rng, torch_rng = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    image = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((160, 120))
+    logits = torch.randn(21, 6, 8, generator=torch_rng) * 2
+    logits[6:] -= 9  # six classes compete, as they do after training
+    kept = evaluate.predict(logits, image, {})
+    probs = make_pseudo.upsample(logits, 120, 160).softmax(0).numpy()
+    every = make_pseudo.dense_crf(np.array(image), probs).argmax(0)
+    assert (kept == every).mean() > 0.999
+    assert (kept != probs.argmax(0)).mean() > 0.01  # the CRF does something here
+
+
+def test_81_classes_at_960_pixels_stay_below_two_gib(script):
+    code = """
+import resource, numpy as np, torch, evaluate
+from PIL import Image
+torch.manual_seed(0)
+logits = torch.nn.functional.interpolate(torch.randn(1, 81, 2, 2) * 5, (120, 120))[0]
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+before = peak()
+mask = evaluate.predict(logits, Image.new("RGB", (960, 960), (9, 9, 9)), {"iterations": 2})
+print("classes", len(np.unique(mask)), "GiB", peak() - before)"""
+    _, output = script("-c", code)
+    words = output.split()
+    assert int(words[-3]) > 1 and float(words[-1]) < 2, output
+
+
 def test_anybodys_photo(run, tmp_path):
     Image.new("CMYK", (130, 75), (20, 90, 10, 0)).save(tmp_path / "photo.jpg")
     out = tmp_path / "photo.png"

@@ -1,0 +1,150 @@
+"""Tables 4 and 5 and sweeps around them: train and score variants over seeds, one table a study.
+
+Run:    python extras/ablate.py table4 table5 --data data/toy --cls-flags "--epochs 12"
+Writes: OUT/DATA/FLAGS/sSEED/ (a run folder), OUT/DATA/STUDY-SPLIT.md (the table)
+Studies share the runs of equal flags, and what is done is skipped: a killed job, a new variant or
+another seed costs only what is missing. A variant is one line of STUDIES.
+"""
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402  the six scripts are a folder, not a package
+
+# study -> rows: name, the paper's mIoU (DeepLabv2, VOC val), train_cls.py's flags, make_pseudo.py's
+STUDIES = {
+    "table4": [("baseline", 65.2, "--class-tokens none --context none", ""),
+               ("+ class tokens", 67.1, "--context none", ""),
+               ("+ context", 67.8, "--class-tokens none", ""), ("both", 69.5, "", "")],
+    "table5": [("average pooling", 67.7, "--pool avg", ""), ("max pooling", 68.1, "--pool max", ""),
+               ("top-K, K = 6", 69.5, "", "")],
+    "top-k": [("K = 1", "-", "--pool max", ""), ("K = N", "-", "--pool avg", ""),
+              *((f"K = {k}", "-", f"--top-k {k}" * (k != 6), "") for k in (2, 4, 6, 9, 16, 36))],
+    "class-tokens": [(name, "-", f"--class-tokens {name}" * (name != "soft"), "")
+                     for name in ("none", "soft", "all", "append")],
+    "context": [(name, "-", f"--context {name}" * (name != "hv"), "")
+                for name in ("none", "hv", "raster")],
+    "max-norm": [("with", "-", "", ""), ("without", "-", "", "--no-max-norm")],
+    "size-toy": [(f"{s}x{s}", "-", "", f"--size {s}") for s in (64, 96, 144, 192)],
+    "size-voc": [(f"{s}x{s}", "-", "", f"--size {s}") for s in (384, 640, 960, 1280)],
+}
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t at 95 %, df 1 to 9
+
+
+def parse_args(argv=None):
+    """What to compare, on what, how often."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("studies", nargs="+", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
+    add("--data", type=Path, required=True, help="data set folder")
+    add("--out", type=Path, default=Path("runs/ablate"), help="for runs and tables")
+    add("--preset", choices=data.PRESETS, help="as in the four stages")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="one run for each")
+    add("--split", default="val", help="compare on val; report on test once")
+    add("--cls-flags", default="", help="more flags of train_cls.py, for every variant")
+    add("--full", nargs="?", const="", metavar="FLAGS", help="train and score DeepLabv2 as well, "
+        "with more FLAGS of train_seg.py")
+    add("--jobs", type=data.positive, default=1, help="runs at a time, which share the CPU")
+    return parser.parse_args(argv)
+
+
+def folder_name(flags):
+    """'--top-k 4' -> 'top-k_4': the same flags are the same run, whatever study asks for them."""
+    return "_".join(word.removeprefix("--") for word in flags.split()) or "default"
+
+
+def call(args, run, script, *flags):
+    """Run one of the scripts; its output goes to RUN/out.txt, its last line into an error."""
+    command = [sys.executable, ROOT / script, "--data", args.data, "--run", run, *flags,
+               *(["--preset", args.preset] if args.preset else [])]
+    env = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() // args.jobs or 1)}
+    with open(run / "out.txt", "a") as file:
+        code = subprocess.call(list(map(str, command)), stdout=file, stderr=file, env=env)
+    if code:
+        last = (run / "out.txt").read_text().strip().splitlines()[-1]
+        raise data.DataError(f"{script} failed ({run}/out.txt): {last}")
+
+
+def run_variant(args, cls_flags, pseudo_flags, seed):
+    """Train (unless that is done), make masks, score them; return {column of the table: %}."""
+    trained = args.out / args.data.name / folder_name(cls_flags) / f"s{seed}"
+    run = trained / folder_name(pseudo_flags) if pseudo_flags else trained
+    note = run / f"scores-{args.split}{'' if args.full is None else '-full'}.json"
+    settings = [str(args.data), args.preset, args.cls_flags, args.full]
+    if note.is_file():
+        saved = json.loads(note.read_text())
+        if saved["settings"] != settings:
+            raise data.DataError(f"{note} is of other data or flags: choose another --out")
+        return saved["scores"]
+    run.mkdir(parents=True, exist_ok=True)
+    call(args, trained, "train_cls.py", "--seed", seed, "--resume",
+         *shlex.split(args.cls_flags), *cls_flags.split())
+    if run != trained and not (run / "cls.pt").is_symlink():
+        (run / "cls.pt").symlink_to("../cls.pt")
+    call(args, run, "make_pseudo.py", "--split", args.split, *pseudo_flags.split())
+    scores, results = {}, {}
+    for column, masks in (("BPM", "bpm"), ("CRF", "pseudo")):
+        call(args, run, "evaluate.py", "--split", args.split, "--masks", run / masks)
+        results[column] = json.loads((run / masks / "results.json").read_text())
+        scores[column] = 100 * results[column]["miou"]
+    for part, recall in results["BPM"].get("part_recall", {}).items():
+        scores[f"{part} found"] = 100 * recall
+    row = results["BPM"]["confusion"][0]
+    scores["background called object"] = 100 * (1 - row[0] / sum(row))
+    if args.full is not None:
+        call(args, run, "make_pseudo.py", *pseudo_flags.split())
+        call(args, run, "train_seg.py", "--seed", seed, "--resume", *shlex.split(args.full))
+        call(args, run, "evaluate.py", "--split", args.split)
+        scores["DeepLabv2"] = 100 * json.loads((run / "results.json").read_text())["miou"]
+    data.write_lines(note, [json.dumps(dict(settings=settings, scores=scores))])
+    print(f"{run}  BPM {scores['BPM']:.1f}  CRF {scores['CRF']:.1f}", flush=True)
+    return scores
+
+
+def table(rows, results):
+    """Markdown, a line for each row; results: for each row a list of scores, one for each seed.
+
+    Cells are mean ± standard deviation. The last column compares each seed with the same seed of
+    the first row: the mean of the differences ± half its 95 % confidence interval.
+    """
+    def cell(values, form=".1f", factor=1):
+        return (f"{statistics.mean(values):{form}}"
+                + (f" ± {factor * statistics.stdev(values):.1f}" if n > 1 else ""))
+
+    columns, n = list(results[0][0]), len(results[0])
+    lines = [f"| variant | paper | n | {' | '.join(columns)} | BPM, against the first row |",
+             "|---" * (len(columns) + 4) + "|"]
+    for (name, paper, *_), scores in zip(rows, results):
+        gains = [score["BPM"] - first["BPM"] for score, first in zip(scores, results[0])]
+        cells = [name, paper, n, *(cell([score[c] for score in scores]) for c in columns),
+                 cell(gains, "+.1f", T95[min(n, 10) - 2] / n ** 0.5) if any(gains) else ""]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def main(args):
+    jobs = {}  # one thread does all inference variants of one training, for they share cls.pt
+    for seed in args.seeds:
+        for _, _, cls, pseudo in (row for study in args.studies for row in STUDIES[study]):
+            jobs.setdefault((cls, seed), set()).add(pseudo)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        done = pool.map(lambda job: {flags: run_variant(args, job[0], flags, job[1])
+                                     for flags in jobs[job]}, jobs)
+        scores = dict(zip(jobs, done))
+    for study in args.studies:
+        lines = table(STUDIES[study], [[scores[cls, seed][pseudo] for seed in args.seeds]
+                                       for _, _, cls, pseudo in STUDIES[study]])
+        data.write_lines(args.out / args.data.name / f"{study}-{args.split}.md", lines)
+        print(f"\n{study} on {args.data}, {args.split}:", *lines, sep="\n")
+
+
+if __name__ == "__main__":
+    data.run(main, parse_args())

@@ -1,0 +1,207 @@
+"""Figures from the runs of `extras/ablate.py table4`: Fig. 6, Fig. 7, training curves, context.
+
+Run:    python extras/figures.py --data data/toy          (after ablate.py table4 --data data/toy)
+Writes: OUT/fig6.png    image, truth, baseline, ours: the best, the median and the worst image
+        OUT/fig7.png    IoU of each class, baseline against ours, over all seeds
+        OUT/curves.png  loss and val mAP of Table 4's variants, over all seeds
+        OUT/context.png one image inside the network: class-token attention, and the patch
+                        probabilities before and after the CF-BiLSTM
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import data  # noqa: E402  the six scripts are a folder, not a package
+from ablate import STUDIES, folder_name  # noqa: E402
+from data import DataError, Folder  # noqa: E402
+from make_pseudo import Images, confusion_of  # noqa: E402
+from model import build, classification_loss, load_checkpoint, pool_patches  # noqa: E402
+
+PROBE_IMAGES, PROBE_PASSES = 512, 20  # of the classifier that reads the tokens before the CF-BiLSTM
+
+
+def parse_args(argv=None):
+    """Which runs to draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="data set folder")
+    add("--runs", type=Path, default=Path("runs/ablate"), help="what was --out of ablate.py")
+    add("--out", type=Path, help="folder of the pictures (default: RUNS/NAME_OF_DATA)")
+    add("--split", default="val", help="split that ablate.py scored")
+    add("--masks", choices=("bpm", "pseudo"), default="pseudo", help="before or after the CRF")
+    args = parser.parse_args(argv)
+    args.runs = args.runs / args.data.name
+    args.out = args.out or args.runs
+    return args
+
+
+def seeds_of(args, cls_flags):
+    """The run folders of one variant, a seed each, in the order of the seeds."""
+    home = args.runs / folder_name(cls_flags)
+    runs = sorted(home.glob("s*[0-9]"), key=lambda path: int(path.name[1:]))
+    runs = [run for run in runs if (run / args.masks / "results.json").is_file()]
+    if not runs:
+        raise DataError(f"no scored runs in {home}: "
+                        f"run `python extras/ablate.py table4 --data {args.data}` first")
+    return runs
+
+
+def save(figure, path):
+    """Write a matplotlib figure as a PNG of few colours, atomically."""
+    with data.atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=80, bbox_inches="tight")
+    plt.close(figure)
+    print(f"written: {path}")
+
+
+def show(axis, picture, title, **kwargs):
+    """One picture without ticks."""
+    axis.imshow(picture, **kwargs)
+    axis.set_title(title, fontsize=9)
+    axis.set_axis_off()
+
+
+def ranked(args, folder, run):
+    """[(mean IoU of the image's classes, id)] of one run's masks, from the worst to the best."""
+    ids = [i for i in folder.ids(args.split) if folder.mask_path(i).is_file()]
+    jobs = [(run / args.masks / f"{i}.png", folder.mask_path(i), len(folder.classes)) for i in ids]
+    return sorted((float(np.nanmean(data.iou_per_class(confusion_of(job)))), i)
+                  for job, i in zip(jobs, ids))
+
+
+def draw_fig6(args, folder, baseline, ours):
+    """The best, the median and the worst image of ours: not chosen by anybody."""
+    order, others = ranked(args, folder, ours), dict(map(reversed, ranked(args, folder, baseline)))
+    picks = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
+    figure, axes = plt.subplots(len(picks), 4, figsize=(7.6, 6.6), layout="constrained")
+    for row, (rank, (iou, image_id)) in zip(axes, picks.items()):
+        masks = [folder.mask_path(image_id), *(run / args.masks / f"{image_id}.png"
+                                               for run in (baseline, ours))]
+        titles = ["ground truth", f"baseline, IoU {100 * others[image_id]:.0f}",
+                  f"ours, IoU {100 * iou:.0f}"]
+        show(row[0], data.read_image(folder.image_path(image_id)), f"{rank}: {image_id}")
+        for axis, path, title in zip(row[1:], masks, titles):
+            mask = data.read_mask(path, len(folder.classes))
+            show(axis, data.voc_palette()[mask], title, interpolation="nearest")
+    figure.suptitle(f"{args.masks} masks of {args.split}, {ours.name}. Of {len(order)} images the "
+                    "best, the median and the worst by ours' mean IoU over the image's classes",
+                    fontsize=9)
+    save(figure, args.out / "fig6.png")
+
+
+def draw_fig7(args, folder, runs):
+    """Bars: IoU of each class; whiskers: the standard deviation over the seeds."""
+    figure, axis = plt.subplots(figsize=(max(7, 0.45 * len(folder.classes)), 3.2))
+    for number, (name, homes) in enumerate(runs.items()):
+        results = [json.loads((run / args.masks / "results.json").read_text()) for run in homes]
+        if any(result["split"] != args.split for result in results):
+            raise DataError(f"{homes[0].parent} was last scored on another split: pass --split")
+        iou = np.array([[100 * (v or 0) for v in result["iou"].values()] for result in results])
+        axis.bar(np.arange(iou.shape[1]) + 0.4 * number - 0.2, iou.mean(0), 0.4,
+                 yerr=iou.std(0, ddof=1) if len(iou) > 1 else None, capsize=2,
+                 label=f"{name}, mIoU {iou.mean():.1f} (n = {len(iou)})")
+    axis.set_xticks(range(len(folder.classes)), folder.classes, rotation=40, ha="right")
+    axis.set_ylabel(f"IoU %, {args.split}, {args.masks}")
+    axis.legend(fontsize=8)
+    save(figure, args.out / "fig7.png")
+
+
+def draw_curves(args, runs):
+    """Loss and mAP against epochs: the mean over the seeds, and the range as a band."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    for name, homes in runs.items():
+        logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+                for run in homes]
+        for axis, key in zip(axes, ("loss", "val_map")):
+            curves = [[line[key] for line in log if line["stage"] == "train_cls"] for log in logs]
+            curves = np.array([curve for curve in curves if None not in curve], dtype=float)
+            if len(curves):
+                epochs = np.arange(1, curves.shape[1] + 1)
+                axis.plot(epochs, curves.mean(0), label=f"{name} (n = {len(curves)})")
+                axis.fill_between(epochs, curves.min(0), curves.max(0), alpha=0.2)
+            axis.set_xlabel("epoch")
+            axis.set_ylabel("training loss, Eq. (9)" if key == "loss" else "val mAP of the labels")
+    axes[0].legend(fontsize=8)
+    save(figure, args.out / "curves.png")
+
+
+@torch.no_grad()
+def tokens_before_context(model, images):
+    """(P, p') of Eq. (1) and (2) for images (B, 3, S, S) uint8."""
+    tokens = model.patch_tokens(images / 255)
+    return tokens, model.enhance(tokens)
+
+
+def probe(model, folder, ids, settings):
+    """A classifier of the patches *before* the CF-BiLSTM: D -> C, trained on image labels.
+
+    W_c has only ever seen what comes out of the CF-BiLSTM; to ask what a patch knows before it, p'
+    needs a classifier of its own: the same loss, on the frozen network.
+    """
+    torch.manual_seed(0)
+    dataset = Images(folder, ids[:PROBE_IMAGES], settings["size"])
+    tokens = torch.cat([tokens_before_context(model, dataset[i][0][None])[1]
+                        for i in range(len(dataset))])
+    labels = torch.stack([folder.image_labels(i) for i in dataset.ids])
+    classifier = torch.nn.Linear(tokens.shape[-1], len(folder.classes), bias=False)
+    optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-2)
+    for _ in range(PROBE_PASSES):
+        for batch in torch.randperm(len(tokens)).split(32):
+            scores = pool_patches(classifier(tokens[batch]).softmax(-1), settings["pool"],
+                                  settings["top_k"])
+            loss = classification_loss(scores, labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return classifier
+
+
+@torch.no_grad()
+def draw_context(args, folder, run, image_id, model, settings, classifier):
+    """The median image: which token its patches get, and what they say before and after."""
+    picture = Images(folder, [image_id], settings["size"])[0][0]
+    tokens, enhanced = tokens_before_context(model, picture[None])
+    maps = {"class-token attention": model.class_attention(tokens),
+            "before the CF-BiLSTM": classifier(enhanced).softmax(-1),
+            "after it, Eq. (7)": model(picture[None] / 255)}
+    present = folder.image_labels(image_id).nonzero().flatten().tolist()
+    figure, axes = plt.subplots(3, 1 + len(present), figsize=(2.1 * (1 + len(present)), 7),
+                                layout="constrained")
+    truth = data.read_mask(folder.mask_path(image_id), len(folder.classes))
+    bpm = data.read_mask(run / "bpm" / f"{image_id}.png", len(folder.classes))
+    for axis, shown, title in zip(axes[:, 0], (picture.permute(1, 2, 0), data.voc_palette()[truth],
+                                               data.voc_palette()[bpm]),
+                                  (image_id, "ground truth", "BPM, Eq. (10)")):
+        show(axis, shown, title)
+    for row, (name, values) in zip(axes, maps.items()):
+        for axis, label in zip(row[1:], present):
+            show(axis, values[0, ..., label], f"{name}\n{folder.classes[label]}", vmin=0, vmax=1)
+    figure.suptitle(f"The median image of {args.split}, {run.name}. Maps: 0 dark, 1 yellow",
+                    fontsize=9)
+    save(figure, args.out / "context.png")
+
+
+def main(args):
+    matplotlib.use("Agg")
+    folder = Folder(args.data)
+    runs = {name: seeds_of(args, flags) for name, _, flags, _ in STUDIES["table4"]}
+    baseline, ours = runs["baseline"], runs["both"]
+    draw_fig6(args, folder, baseline[0], ours[0])
+    draw_fig7(args, folder, {"baseline": baseline, "ours": ours})
+    draw_curves(args, runs)
+    checkpoint = load_checkpoint(ours[0] / "cls.pt", "cls")
+    model, settings = build(checkpoint), checkpoint["args"]
+    order = ranked(args, folder, ours[0])
+    classifier = probe(model, folder, checkpoint["ids"], settings)
+    draw_context(args, folder, ours[0], order[len(order) // 2][1], model, settings, classifier)
+
+
+if __name__ == "__main__":
+    data.run(main, parse_args())

@@ -1,0 +1,158 @@
+"""The studies and figures of extras/: known answers, and a tiny study as a person runs it."""
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ablate
+import data
+import evaluate
+import figures
+import make_pseudo
+import patch_grid
+import train_cls
+import train_seg
+from data import DataError
+
+MODULES = {"train_cls.py": train_cls, "make_pseudo.py": make_pseudo, "train_seg.py": train_seg,
+           "evaluate.py": evaluate}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Run the driver's commands in this process, and note which."""
+    made = []
+
+    def call(args, run, script, *flags):
+        made.append((script, run.name))
+        module = MODULES[script]
+        module.main(module.parse_args([str(word) for word in (
+            "--data", args.data, "--run", run, "--workers", "0", *flags)]))
+
+    monkeypatch.setattr(ablate, "call", call)
+    return made
+
+
+def study(toy, out, *words):
+    args = ablate.parse_args([*words, "--data", str(toy), "--out", str(out),
+                              "--cls-flags", "--epochs 1 --batch-size 4"])
+    ablate.main(args)
+    return out / toy.name
+
+
+# --- the driver --------------------------------------------------------------------------------
+
+def test_table_by_hand():
+    rows = [("first", 65.2, "", ""), ("second", "-", "--x", "")]
+    scores = [[{"BPM": 10.0, "CRF": 20.0}, {"BPM": 14.0, "CRF": 20.0}, {"BPM": 12.0, "CRF": 20.0}],
+              [{"BPM": 15.0, "CRF": 21.0}, {"BPM": 17.0, "CRF": 23.0}, {"BPM": 19.0, "CRF": 22.0}]]
+    lines = ablate.table(rows, scores)
+    assert lines[2] == "| first | 65.2 | 3 | 12.0 ± 2.0 | 20.0 ± 0.0 |  |"
+    # differences 5, 3, 7: mean 5, deviation 2, Student's t of 2 degrees of freedom 4.303
+    assert lines[3] == f"| second | - | 3 | 17.0 ± 2.0 | 22.0 ± 1.0 | +5.0 ± {4.303 * 2 / 3**.5:.1f} |"
+    assert {line.count("|") for line in lines} == {7}
+    one = ablate.table(rows, [scores[0][:1], scores[1][:1]])
+    assert one[3] == "| second | - | 1 | 15.0 | 21.0 | +5.0 |"
+
+
+def test_tables_4_and_5_are_the_papers():
+    paper = {row[0]: row[1] for row in ablate.STUDIES["table4"] + ablate.STUDIES["table5"]}
+    assert list(paper.values()) == [65.2, 67.1, 67.8, 69.5, 67.7, 68.1, 69.5]
+    where = ["--data", "x", "--run", "y", "--preset", "toy"]
+    for name, rows in ablate.STUDIES.items():
+        for _, _, cls_flags, pseudo_flags in rows:  # every variant is made of flags that exist
+            train_cls.parse_args(where + cls_flags.split())
+            make_pseudo.parse_args(where + pseudo_flags.split())
+        assert len({row[2:] for row in rows}) == len(rows), f"{name} has a row twice"
+
+
+def test_a_study_runs_what_is_missing_and_nothing_twice(toy, tmp_path, calls, capsys):
+    home = study(toy, tmp_path, "max-norm", "--seeds", "0")
+    assert [script for script, _ in calls].count("train_cls.py") == 2  # the second finds it done
+    lines = (home / "max-norm-val.md").read_text().splitlines()
+    assert len(lines) == 4 and lines[2].startswith("| with | - | 1 |")
+    scores = json.loads((home / "default/s0/scores-val.json").read_text())["scores"]
+    results = json.loads((home / "default/s0/bpm/results.json").read_text())
+    assert scores["BPM"] == pytest.approx(100 * results["miou"])
+    assert scores["head found"] == pytest.approx(100 * results["part_recall"]["head"])
+    confusion = np.array(results["confusion"])
+    assert scores["background called object"] == pytest.approx(
+        100 * confusion[0, 1:].sum() / confusion[0].sum())
+    assert (home / "default/s0/no-max-norm/cls.pt").resolve() == home / "default/s0/cls.pt"
+    calls.clear()
+    study(toy, tmp_path, "max-norm", "--seeds", "0")
+    assert not calls and "| without | - | 1 |" in capsys.readouterr().out
+    study(toy, tmp_path, "max-norm", "--seeds", "0", "1")
+    assert {run for _, run in calls} == {"s1", "no-max-norm"}
+    assert " ± " in (home / "max-norm-val.md").read_text()
+    with pytest.raises(DataError, match="other data or flags: choose another --out"):
+        ablate.main(ablate.parse_args(["max-norm", "--data", str(toy), "--out", str(tmp_path)]))
+
+
+def test_full_trains_and_scores_deeplab(toy, tmp_path, calls):
+    seg = "--iterations 2 --batch-size 4 --val-images 2"
+    home = study(toy, tmp_path, "max-norm", "--seeds", "0", "--full", seg)
+    scores = json.loads((home / "default/s0/scores-val-full.json").read_text())["scores"]
+    results = json.loads((home / "default/s0/results.json").read_text())
+    assert results["split"] == "val" and scores["DeepLabv2"] == 100 * results["miou"]
+
+
+def test_a_failing_run_is_named(tmp_path, script):
+    code, output = script("extras/ablate.py", "context", "--data", tmp_path / "none",
+                          "--out", tmp_path / "runs", check=False)
+    assert code == 1 and "Traceback" not in output and "train_cls.py failed" in output
+    assert "none not found" in output.strip().splitlines()[-1]
+
+
+# --- figures -----------------------------------------------------------------------------------
+
+def test_figures_of_a_tiny_table_4(toy, tmp_path, calls, monkeypatch):
+    monkeypatch.setattr(figures, "PROBE_IMAGES", 8)
+    where = ["--data", str(toy), "--runs", str(tmp_path)]
+    with pytest.raises(DataError, match="ablate.py table4"):
+        figures.main(figures.parse_args(where))
+    home = study(toy, tmp_path, "table4", "--seeds", "0", "1")
+    figures.main(figures.parse_args(where))
+    for name in ("fig6", "fig7", "curves", "context"):
+        with Image.open(home / f"{name}.png") as picture:
+            assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(10**6)) > 20
+    args = figures.parse_args([*where, "--masks", "bpm"])
+    order = figures.ranked(args, data.Folder(toy), home / "default/s0")
+    assert len(order) == 8 and order == sorted(order)
+    iou, image_id = order[-1]
+    truth = np.array(Image.open(toy / "SegmentationClass" / f"{image_id}.png"))
+    guess = np.array(Image.open(home / "default/s0/bpm" / f"{image_id}.png"))
+    by_hand = [((truth == c) & (guess == c)).sum() /
+               ((truth == c) | ((guess == c) & (truth != 255))).sum()
+               for c in set(truth.ravel().tolist()) - {255}]
+    assert iou == pytest.approx(np.mean(by_hand))
+
+
+# --- the patch-grid bound ----------------------------------------------------------------------
+
+def test_a_grid_as_fine_as_the_image_loses_nothing_and_one_patch_almost_all():
+    mask = np.random.default_rng(0).choice([0, 1, 5], (8, 8)).astype(np.uint8)
+    for shares in (False, True):
+        assert np.array_equal(patch_grid.through_grid(mask, 8, shares), mask)
+    mask[:] = 0
+    mask[:, :3] = 5
+    mask[0, 0] = 255
+    assert (patch_grid.through_grid(mask, 1, False) == 0).all()  # background covers most of it
+    assert (patch_grid.through_grid(np.full((4, 4), 255, np.uint8), 2, True) == 0).all()
+
+
+def test_bound_by_hand(tmp_path, capsys):
+    """A 4x4 mask, left column class 1: 2x2 patches are half 1, half 0, and the tie goes to 0."""
+    mask = np.zeros((4, 4), np.uint8)
+    mask[:, 0] = 1
+    folder = tmp_path / "one"
+    data.save_mask(folder / "SegmentationClass/a.png", mask)
+    data.write_lines(folder / "classes.txt", ["background", "thing"])
+    data.write_lines(folder / "ImageSets/Segmentation/val.txt", ["a"])
+    patch_grid.main(patch_grid.parse_args(["--data", str(folder), "--sides", "2", "4"]))
+    labels = 100 * (12 / 16 + 0) / 2
+    # shares at 2: columns 0.5 and 0 upsample to 0.5, 0.375, 0.125, 0: background everywhere again
+    assert f"labels {labels:5.1f}   shares {labels:5.1f}" in capsys.readouterr().out
+    assert not math.isnan(labels)
