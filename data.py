@@ -406,8 +406,8 @@ def toy_scene(split, index, cooccur=None):
     labels = shapes.choice(len(TOY_CLASSES) - 1, size=shapes.integers(1, 4), replace=False) + 1
     if cooccur is not None:
         favoured, texture = places.random() < cooccur, places.integers(len(TEXTURES))
-        # a train and its rails: two classes of other patterns share each texture
-        texture = (labels[0] - 1) % len(TEXTURES) if favoured else texture
+        if favoured:  # a train and its rails: the background tells the pattern, never the head
+            texture = (labels[0] - 1) // len(HEADS)
         image[toy_texture(TEXTURES[texture], places)] *= 0.5
     for number, label in enumerate(labels, 1):
         pattern, head_colour = TOY_CLASSES[label].split("_")
@@ -425,6 +425,11 @@ def toy_scene(split, index, cooccur=None):
 
 def make_toy(root, num, cooccur=None):
     """Write the beetles to root; num = images of (train, val, test). Fewer images are a prefix."""
+    note, made_with = root / "cooccur.txt", f"{cooccur}\n"
+    if root.is_dir() and (note.read_text() if note.is_file() else "None\n") != made_with:
+        raise DataError(f"{root} holds beetles of another --cooccur: choose another --root")
+    if cooccur is not None:
+        write_lines(note, [cooccur])
     label_lines = []
     for split, (name, count) in enumerate(zip(("train", "val", "test"), num)):
         ids = [f"{name}_{index:05d}" for index in range(count)]
@@ -549,6 +554,7 @@ def read_coco(path, with_shapes):
     polygons of the 330 MB of train2014 alone would fill gigabytes.
     """
     def compact(entry):
+        """What is kept of a dictionary of the json."""
         if "segmentation" in entry:
             shape = entry["segmentation"] if with_shapes else None
             if isinstance(shape, list):
@@ -564,15 +570,17 @@ def read_coco(path, with_shapes):
         with open(path, encoding="utf-8") as file:
             content = json.load(file, object_hook=compact)
         classes = {entry["id"]: entry["name"].replace(" ", "_") for entry in content["categories"]}
-        images, annotations = dict(content["images"]), content["annotations"]
+        images, objects = dict(content["images"]), {}
+        for image_id, thing in content["annotations"]:
+            if image_id not in images or thing[0] not in classes:
+                raise ValueError(f"an object of image {image_id}, class {thing[0]}, of which the "
+                                 "file does not tell")
+            objects.setdefault(image_id, []).append(thing)
     except FileNotFoundError:
         raise DataError(f"{path} not found: unpack annotations_trainval2014.zip so that "
                         "ROOT/annotations exists, or pass --download")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is no COCO instances file ({type(error).__name__}: {error})")
-    objects = {}
-    for image_id, thing in annotations:
-        objects.setdefault(image_id, []).append(thing)
     return images, classes, objects
 
 
@@ -585,21 +593,27 @@ def coco_mask(objects, numbers, height, width):
     from pycocotools import mask as coco
     mask = np.zeros((height, width), np.uint8)
     for class_id, _, crowd, shape in sorted(objects, key=lambda thing: (not thing[2], -thing[1])):
-        if isinstance(shape, list):
-            shape = coco.merge(coco.frPyObjects([p.tolist() for p in shape], height, width))
+        if isinstance(shape, list):  # pycocotools takes four numbers for a box, less for an error
+            shape = [polygon.tolist() for polygon in shape if len(polygon) >= 6]
+            if not shape:
+                continue
+            shape = coco.merge(coco.frPyObjects(shape, height, width))
         elif isinstance(shape["counts"], list):
             shape = coco.frPyObjects(shape, height, width)
+        if list(shape["size"]) != [height, width]:
+            raise DataError(f"an RLE has the size {shape['size']}, its image {[height, width]}")
         mask[coco.decode(shape) > 0] = IGNORE if crowd else numbers[class_id]
     return mask
 
 
 def link_image(source, link):
-    """Make link a relative symbolic link to source, unless it exists; source must exist."""
+    """Make link a relative symbolic link to source, which must exist."""
     if not source.is_file():
         raise DataError(f"{source} not found: unpack {source.parent.name}.zip again")
-    link.parent.mkdir(parents=True, exist_ok=True)
-    if not os.path.lexists(link):
-        link.symlink_to(os.path.relpath(source, link.parent))
+    if not link.is_file():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)  # one that leads nowhere
+        link.symlink_to(os.path.relpath(source.resolve(), link.parent.resolve()))
 
 
 def make_coco(root, train_masks=False, counts=COCO_COUNTS):

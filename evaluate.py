@@ -215,6 +215,7 @@ def draw_figure(model, folder, args, device, crf):
     ids = [path.stem for path in sorted(bpm.glob("*.png"))
            if folder.mask_path(path.stem).is_file() and (pseudo / path.name).is_file()]
     if not ids:
+        print(f"no figure.png: {folder.root} has no ground truth of images with pseudo masks")
         return
     C, rows, seen = len(folder.classes), [], {0}
     for image_id in ids[::max(1, len(ids) // ROWS)][:ROWS]:
@@ -275,7 +276,8 @@ def main(args):
     ids, pred = folder.ids(args.split), args.run / "pred"
     about = dict(checkpoint=str(args.run / "seg.pt"), masks=str(pred), crf=args.crf,
                  image_labels_used=False, seed=checkpoint["args"]["seed"])
-    settings = about | dict(data=str(args.data), seg=digest(args.run / "seg.pt"), constants=crf)
+    settings = about | dict(data=str(args.data.resolve()), seg=digest(args.run / "seg.pt"),
+                            constants=crf)
     note = pred / "settings.json"
     if not note.is_file() or json.loads(note.read_text()) != settings:
         claim(pred, settings, overwrite=True)  # else a killed run goes on where it stopped
@@ -287,11 +289,13 @@ def main(args):
         pass
 
     if args.export:
+        for path in (args.run / EXPORT).glob("*.png"):
+            path.unlink()  # of another split
         for image_id in ids:
             with data.atomic(args.run / EXPORT / f"{image_id}.png") as temporary:
                 shutil.copyfile(pred / f"{image_id}.png", temporary)
-        print(f"written: {len(ids):,} masks, CRF: {'yes' if crf else 'no'}; upload the archive of "
-              f"`tar czf results.tgz -C {args.run} results`")
+        print(f"written: {len(ids):,} masks of {args.split}, CRF: {'yes' if crf else 'no'}; upload "
+              f"the archive of `tar czf results.tgz -C {args.run} results`")
         return
 
     # --- score ---

@@ -210,8 +210,8 @@ def main(args):
     # --- what is there already ---
     bpm, pseudo = args.run / "bpm", args.run / "pseudo" if args.crf else None
     if rank == 0:
-        settings = dict(cls=digest(args.run / "cls.pt"), data=str(args.data), size=args.size,
-                        max_norm=args.max_norm, image_labels_used=True,
+        settings = dict(cls=digest(args.run / "cls.pt"), data=str(args.data.resolve()),
+                        size=args.size, max_norm=args.max_norm, image_labels_used=True,
                         seed=checkpoint["args"]["seed"])
         claim(bpm, settings | dict(crf=False), args.overwrite)
         if pseudo:

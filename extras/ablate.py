@@ -1,9 +1,9 @@
 """Tables 4 and 5 and sweeps around them: train and score variants over seeds, one table a study.
 
-Run:    python extras/ablate.py table4 table5 --data data/toy --cls-flags "--epochs 12"
+Run:    python extras/ablate.py table4 table5 --data data/toy --cls-flags="--epochs 12"
 Writes: OUT/DATA/FLAGS/sSEED/ (a run folder), OUT/DATA/STUDY-SPLIT.md (the table)
-Studies share the runs of equal flags, and what is done is skipped: a killed job, a new variant or
-another seed costs only what is missing. A variant is one line of STUDIES.
+Studies share the runs of equal flags, and what is done is skipped: a killed job, another seed or a
+new variant (one line of STUDIES) costs only what is missing.
 """
 import argparse
 import json
@@ -19,19 +19,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402  the six scripts are a folder, not a package
 
-# study -> rows: name, the paper's mIoU (DeepLabv2, VOC val), train_cls.py's flags, make_pseudo.py's
+# study -> rows: name, the paper's mIoU, flags of train_cls.py, flags of make_pseudo.py
 STUDIES = {
     "table4": [("baseline", 65.2, "--class-tokens none --context none", ""),
                ("+ class tokens", 67.1, "--context none", ""),
                ("+ context", 67.8, "--class-tokens none", ""), ("both", 69.5, "", "")],
     "table5": [("average pooling", 67.7, "--pool avg", ""), ("max pooling", 68.1, "--pool max", ""),
                ("top-K, K = 6", 69.5, "", "")],
-    "top-k": [("K = 1", "-", "--pool max", ""), ("K = N", "-", "--pool avg", ""),
-              *((f"K = {k}", "-", f"--top-k {k}" * (k != 6), "") for k in (2, 4, 6, 9, 16, 36))],
-    "class-tokens": [(name, "-", f"--class-tokens {name}" * (name != "soft"), "")
-                     for name in ("none", "soft", "all", "append")],
-    "context": [(name, "-", f"--context {name}" * (name != "hv"), "")
-                for name in ("none", "hv", "raster")],
+    "top-k": [(f"K = {k}", "-", {1: "--pool max", 6: "", "N": "--pool avg"}.get(
+        k, f"--top-k {k}"), "") for k in (1, 2, 4, 6, 9, 16, 36, "N")],
+    "class-tokens": [(t, "-", f"--class-tokens {t}" * (t != "soft"), "")
+                     for t in ("none", "soft", "all", "append")],
+    "context": [(c, "-", f"--context {c}" * (c != "hv"), "") for c in ("none", "hv", "raster")],
     "max-norm": [("with", "-", "", ""), ("without", "-", "", "--no-max-norm")],
     "size-toy": [(f"{s}x{s}", "-", "", f"--size {s}") for s in (64, 96, 144, 192)],
     "size-voc": [(f"{s}x{s}", "-", "", f"--size {s}") for s in (384, 640, 960, 1280)],
@@ -46,13 +45,13 @@ def parse_args(argv=None):
     add("studies", nargs="+", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
     add("--data", type=Path, required=True, help="data set folder")
     add("--out", type=Path, default=Path("runs/ablate"), help="for runs and tables")
-    add("--preset", choices=data.PRESETS, help="as in the four stages")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="one run for each")
     add("--split", default="val", help="compare on val; report on test once")
+    add("--full", action="store_true", help="train and score DeepLabv2 as well")
+    add("--flags", default="", help='more flags of every stage: --flags="--preset voc --workers 8"')
     add("--cls-flags", default="", help="more flags of train_cls.py, for every variant")
-    add("--full", nargs="?", const="", metavar="FLAGS", help="train and score DeepLabv2 as well, "
-        "with more FLAGS of train_seg.py")
-    add("--jobs", type=data.positive, default=1, help="runs at a time, which share the CPU")
+    add("--seg-flags", default="", help="more flags of train_seg.py, with --full")
+    add("--jobs", type=data.positive, default=1, help="runs at a time, which share CPU and GPU")
     return parser.parse_args(argv)
 
 
@@ -63,86 +62,86 @@ def folder_name(flags):
 
 def call(args, run, script, *flags):
     """Run one of the scripts; its output goes to RUN/out.txt, its last line into an error."""
-    command = [sys.executable, ROOT / script, "--data", args.data, "--run", run, *flags,
-               *(["--preset", args.preset] if args.preset else [])]
-    env = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() // args.jobs or 1)}
-    with open(run / "out.txt", "a") as file:
-        code = subprocess.call(list(map(str, command)), stdout=file, stderr=file, env=env)
+    words = [sys.executable, ROOT / script, "--data", args.data, "--run", run, *flags]
+    command = [*map(str, words), *shlex.split(args.flags)]
+    env = {"OMP_NUM_THREADS": str(os.cpu_count() // args.jobs or 1), **os.environ}
+    log = run / "out.txt"
+    with open(log, "a") as file:
+        print(shlex.join(command), file=file, flush=True)
+        code = subprocess.call(command, stdout=file, stderr=file, env=env)
     if code:
-        last = (run / "out.txt").read_text().strip().splitlines()[-1]
-        raise data.DataError(f"{script} failed ({run}/out.txt): {last}")
+        last = log.read_text().splitlines()[-1]
+        raise data.DataError(f"{script} ended with code {code} ({log}): {last}")
 
 
 def run_variant(args, cls_flags, pseudo_flags, seed):
     """Train (unless that is done), make masks, score them; return {column of the table: %}."""
-    trained = args.out / args.data.name / folder_name(cls_flags) / f"s{seed}"
+    trained = args.out / args.data.resolve().name / folder_name(cls_flags) / f"s{seed}"
     run = trained / folder_name(pseudo_flags) if pseudo_flags else trained
-    note = run / f"scores-{args.split}{'' if args.full is None else '-full'}.json"
-    settings = [str(args.data), args.preset, args.cls_flags, args.full]
+    note = run / f"scores-{args.split}{'-full' * args.full}.json"
+    flags = shlex.split(args.cls_flags) + cls_flags.split()
+    settings = [str(args.data.resolve()), flags, args.full and shlex.split(args.seg_flags)]
     if note.is_file():
         saved = json.loads(note.read_text())
         if saved["settings"] != settings:
             raise data.DataError(f"{note} is of other data or flags: choose another --out")
         return saved["scores"]
     run.mkdir(parents=True, exist_ok=True)
-    call(args, trained, "train_cls.py", "--seed", seed, "--resume",
-         *shlex.split(args.cls_flags), *cls_flags.split())
-    if run != trained and not (run / "cls.pt").is_symlink():
+    call(args, trained, "train_cls.py", "--seed", seed, "--resume", *flags)
+    if pseudo_flags and not (run / "cls.pt").is_symlink():
         (run / "cls.pt").symlink_to("../cls.pt")
     call(args, run, "make_pseudo.py", "--split", args.split, *pseudo_flags.split())
     scores, results = {}, {}
     for column, masks in (("BPM", "bpm"), ("CRF", "pseudo")):
         call(args, run, "evaluate.py", "--split", args.split, "--masks", run / masks)
-        results[column] = json.loads((run / masks / "results.json").read_text())
-        scores[column] = 100 * results[column]["miou"]
-    for part, recall in results["BPM"].get("part_recall", {}).items():
-        scores[f"{part} found"] = 100 * recall
-    row = results["BPM"]["confusion"][0]
+        results[masks] = json.loads((run / masks / "results.json").read_text())
+        scores[column] = 100 * results[masks]["miou"]
+    scores |= {f"{p} found": 100 * r for p, r in results["bpm"].get("part_recall", {}).items()}
+    row = results["bpm"]["confusion"][0]
     scores["background called object"] = 100 * (1 - row[0] / sum(row))
-    if args.full is not None:
+    if args.full:
         call(args, run, "make_pseudo.py", *pseudo_flags.split())
-        call(args, run, "train_seg.py", "--seed", seed, "--resume", *shlex.split(args.full))
+        call(args, run, "train_seg.py", "--seed", seed, "--resume", *shlex.split(args.seg_flags))
         call(args, run, "evaluate.py", "--split", args.split)
         scores["DeepLabv2"] = 100 * json.loads((run / "results.json").read_text())["miou"]
-    data.write_lines(note, [json.dumps(dict(settings=settings, scores=scores))])
+    data.write_lines(note, [json.dumps(dict(settings=settings, scores=scores, results=results))])
     print(f"{run}  BPM {scores['BPM']:.1f}  CRF {scores['CRF']:.1f}", flush=True)
     return scores
 
 
 def table(rows, results):
-    """Markdown, a line for each row; results: for each row a list of scores, one for each seed.
+    """Markdown, mean ± standard deviation; results: for each row a list of scores, one a seed.
 
-    Cells are mean ± standard deviation. The last column compares each seed with the same seed of
-    the first row: the mean of the differences ± half its 95 % confidence interval.
+    Last column: mean difference, seed by seed, ± half its 95 % confidence interval (Student's t).
     """
-    def cell(values, form=".1f", factor=1):
-        return (f"{statistics.mean(values):{form}}"
-                + (f" ± {factor * statistics.stdev(values):.1f}" if n > 1 else ""))
+    def _cell(values, form=".1f", factor=1):
+        spread = f" ± {factor * statistics.stdev(values):.1f}" if n > 1 else ""
+        return f"{statistics.mean(values):{form}}{spread}"
 
     columns, n = list(results[0][0]), len(results[0])
-    lines = [f"| variant | paper | n | {' | '.join(columns)} | BPM, against the first row |",
-             "|---" * (len(columns) + 4) + "|"]
+    heads = ["variant", "paper (DeepLabv2, VOC val)", "n", *columns, "BPM against the first row"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for (name, paper, *_), scores in zip(rows, results):
         gains = [score["BPM"] - first["BPM"] for score, first in zip(scores, results[0])]
-        cells = [name, paper, n, *(cell([score[c] for score in scores]) for c in columns),
-                 cell(gains, "+.1f", T95[min(n, 10) - 2] / n ** 0.5) if any(gains) else ""]
+        cells = [name, paper, n, *(_cell([score[c] for score in scores]) for c in columns),
+                 _cell(gains, "+.1f", T95[min(n, 10) - 2] / n ** 0.5) if any(gains) else ""]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
 
 def main(args):
-    jobs = {}  # one thread does all inference variants of one training, for they share cls.pt
+    jobs = {}  # one thread does all inference variants of one training: they share cls.pt
     for seed in args.seeds:
-        for _, _, cls, pseudo in (row for study in args.studies for row in STUDIES[study]):
-            jobs.setdefault((cls, seed), set()).add(pseudo)
+        for _, _, cls, pseudo in sum((STUDIES[study] for study in args.studies), []):
+            jobs.setdefault((cls, seed), {})[pseudo] = None
     with ThreadPoolExecutor(args.jobs) as pool:
-        done = pool.map(lambda job: {flags: run_variant(args, job[0], flags, job[1])
-                                     for flags in jobs[job]}, jobs)
-        scores = dict(zip(jobs, done))
+        scores = dict(zip(jobs, pool.map(lambda job: {
+            flags: run_variant(args, job[0], flags, job[1]) for flags in jobs[job]}, jobs)))
     for study in args.studies:
         lines = table(STUDIES[study], [[scores[cls, seed][pseudo] for seed in args.seeds]
                                        for _, _, cls, pseudo in STUDIES[study]])
-        data.write_lines(args.out / args.data.name / f"{study}-{args.split}.md", lines)
+        name = f"{args.data.resolve().name}/{study}-{args.split}{'-full' * args.full}.md"
+        data.write_lines(args.out / name, lines)
         print(f"\n{study} on {args.data}, {args.split}:", *lines, sep="\n")
 
 

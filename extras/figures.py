@@ -21,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import data  # noqa: E402  the six scripts are a folder, not a package
 from ablate import STUDIES, folder_name  # noqa: E402
 from data import DataError, Folder  # noqa: E402
-from make_pseudo import Images, confusion_of  # noqa: E402
+from make_pseudo import Images, confusion_of, in_parallel  # noqa: E402
 from model import build, classification_loss, load_checkpoint, pool_patches  # noqa: E402
 
 PROBE_IMAGES, PROBE_PASSES = 512, 20  # of the classifier that reads the tokens before the CF-BiLSTM
@@ -35,26 +35,29 @@ def parse_args(argv=None):
     add("--runs", type=Path, default=Path("runs/ablate"), help="what was --out of ablate.py")
     add("--out", type=Path, help="folder of the pictures (default: RUNS/NAME_OF_DATA)")
     add("--split", default="val", help="split that ablate.py scored")
+    add("--workers", type=int, default=2, help="processes that score the images")
     add("--masks", choices=("bpm", "pseudo"), default="pseudo", help="before or after the CRF")
     args = parser.parse_args(argv)
-    args.runs = args.runs / args.data.name
+    args.runs = args.runs / args.data.resolve().name
     args.out = args.out or args.runs
     return args
 
 
-def seeds_of(args, cls_flags):
-    """The run folders of one variant, a seed each, in the order of the seeds."""
-    home = args.runs / folder_name(cls_flags)
-    runs = sorted(home.glob("s*[0-9]"), key=lambda path: int(path.name[1:]))
-    runs = [run for run in runs if (run / args.masks / "results.json").is_file()]
-    if not runs:
-        raise DataError(f"no scored runs in {home}: "
+def scored_runs(args):
+    """{variant of Table 4: [(run folder, its scores file's content)]}, the same seeds for each."""
+    name = f"scores-{args.split}.json"
+    homes = {variant: args.runs / folder_name(flags) for variant, _, flags, _ in STUDIES["table4"]}
+    seeds = [{path.parent.name for path in home.glob(f"s*/{name}")} for home in homes.values()]
+    common = sorted(set.intersection(*seeds), key=lambda seed: int(seed[1:]))
+    if not common:
+        raise DataError(f"no seed of all four variants in {args.runs}: "
                         f"run `python extras/ablate.py table4 --data {args.data}` first")
-    return runs
+    return {variant: [(home / seed, json.loads((home / seed / name).read_text()))
+                      for seed in common] for variant, home in homes.items()}
 
 
 def save(figure, path):
-    """Write a matplotlib figure as a PNG of few colours, atomically."""
+    """Write a matplotlib figure as a PNG, atomically."""
     with data.atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=80, bbox_inches="tight")
     plt.close(figure)
@@ -69,23 +72,26 @@ def show(axis, picture, title, **kwargs):
 
 
 def ranked(args, folder, run):
-    """[(mean IoU of the image's classes, id)] of one run's masks, from the worst to the best."""
+    """{id: mean IoU of the image's classes} of one run's masks, from the worst to the best."""
     ids = [i for i in folder.ids(args.split) if folder.mask_path(i).is_file()]
     jobs = [(run / args.masks / f"{i}.png", folder.mask_path(i), len(folder.classes)) for i in ids]
-    return sorted((float(np.nanmean(data.iou_per_class(confusion_of(job)))), i)
-                  for job, i in zip(jobs, ids))
+    means = {}
+    for image_id, confusion in zip(ids, in_parallel(confusion_of, jobs, args.workers)):
+        if confusion.any():  # else all of its ground truth is 255
+            means[image_id] = float(np.nanmean(data.iou_per_class(confusion)))
+    return dict(sorted(means.items(), key=lambda item: item[1]))
 
 
-def draw_fig6(args, folder, baseline, ours):
+def draw_fig6(args, folder, baseline, ours, means):
     """The best, the median and the worst image of ours: not chosen by anybody."""
-    order, others = ranked(args, folder, ours), dict(map(reversed, ranked(args, folder, baseline)))
+    order, others = list(means), ranked(args, folder, baseline)
     picks = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
     figure, axes = plt.subplots(len(picks), 4, figsize=(7.6, 6.6), layout="constrained")
-    for row, (rank, (iou, image_id)) in zip(axes, picks.items()):
+    for row, (rank, image_id) in zip(axes, picks.items()):
         masks = [folder.mask_path(image_id), *(run / args.masks / f"{image_id}.png"
                                                for run in (baseline, ours))]
         titles = ["ground truth", f"baseline, IoU {100 * others[image_id]:.0f}",
-                  f"ours, IoU {100 * iou:.0f}"]
+                  f"ours, IoU {100 * means[image_id]:.0f}"]
         show(row[0], data.read_image(folder.image_path(image_id)), f"{rank}: {image_id}")
         for axis, path, title in zip(row[1:], masks, titles):
             mask = data.read_mask(path, len(folder.classes))
@@ -99,14 +105,13 @@ def draw_fig6(args, folder, baseline, ours):
 def draw_fig7(args, folder, runs):
     """Bars: IoU of each class; whiskers: the standard deviation over the seeds."""
     figure, axis = plt.subplots(figsize=(max(7, 0.45 * len(folder.classes)), 3.2))
-    for number, (name, homes) in enumerate(runs.items()):
-        results = [json.loads((run / args.masks / "results.json").read_text()) for run in homes]
-        if any(result["split"] != args.split for result in results):
-            raise DataError(f"{homes[0].parent} was last scored on another split: pass --split")
-        iou = np.array([[100 * (v or 0) for v in result["iou"].values()] for result in results])
-        axis.bar(np.arange(iou.shape[1]) + 0.4 * number - 0.2, iou.mean(0), 0.4,
-                 yerr=iou.std(0, ddof=1) if len(iou) > 1 else None, capsize=2,
-                 label=f"{name}, mIoU {iou.mean():.1f} (n = {len(iou)})")
+    for number, (name, notes) in enumerate(runs.items()):
+        results = [note["results"][args.masks] for _, note in notes]
+        iou = np.array([list(result["iou"].values()) for result in results], dtype=float) * 100
+        miou = 100 * np.mean([result["miou"] for result in results])
+        axis.bar(np.arange(iou.shape[1]) + 0.4 * number - 0.2, iou.mean(0), 0.4, capsize=2,
+                 yerr=iou.std(0, ddof=1) if len(iou) > 1 else None,
+                 label=f"{name}, mIoU {miou:.1f} (n = {len(iou)})")
     axis.set_xticks(range(len(folder.classes)), folder.classes, rotation=40, ha="right")
     axis.set_ylabel(f"IoU %, {args.split}, {args.masks}")
     axis.legend(fontsize=8)
@@ -116,16 +121,16 @@ def draw_fig7(args, folder, runs):
 def draw_curves(args, runs):
     """Loss and mAP against epochs: the mean over the seeds, and the range as a band."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-    for name, homes in runs.items():
+    for name, notes in runs.items():
         logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-                for run in homes]
+                for run, _ in notes]
+        logs = [{line["epoch"]: line for line in log if line["stage"] == "train_cls"}
+                for log in logs]
+        epochs = sorted(set.intersection(*map(set, logs)))
         for axis, key in zip(axes, ("loss", "val_map")):
-            curves = [[line[key] for line in log if line["stage"] == "train_cls"] for log in logs]
-            curves = np.array([curve for curve in curves if None not in curve], dtype=float)
-            if len(curves):
-                epochs = np.arange(1, curves.shape[1] + 1)
-                axis.plot(epochs, curves.mean(0), label=f"{name} (n = {len(curves)})")
-                axis.fill_between(epochs, curves.min(0), curves.max(0), alpha=0.2)
+            curves = np.array([[log[epoch][key] for epoch in epochs] for log in logs], dtype=float)
+            axis.plot(epochs, curves.mean(0), label=f"{name} (n = {len(curves)})")
+            axis.fill_between(epochs, curves.min(0), curves.max(0), alpha=0.2)
             axis.set_xlabel("epoch")
             axis.set_ylabel("training loss, Eq. (9)" if key == "loss" else "val mAP of the labels")
     axes[0].legend(fontsize=8)
@@ -169,7 +174,7 @@ def draw_context(args, folder, run, image_id, model, settings, classifier):
     picture = Images(folder, [image_id], settings["size"])[0][0]
     tokens, enhanced = tokens_before_context(model, picture[None])
     maps = {"class-token attention": model.class_attention(tokens),
-            "before the CF-BiLSTM": classifier(enhanced).softmax(-1),
+            "before CF-BiLSTM (probe)": classifier(enhanced).softmax(-1),
             "after it, Eq. (7)": model(picture[None] / 255)}
     present = folder.image_labels(image_id).nonzero().flatten().tolist()
     figure, axes = plt.subplots(3, 1 + len(present), figsize=(2.1 * (1 + len(present)), 7),
@@ -190,17 +195,18 @@ def draw_context(args, folder, run, image_id, model, settings, classifier):
 
 def main(args):
     matplotlib.use("Agg")
-    folder = Folder(args.data)
-    runs = {name: seeds_of(args, flags) for name, _, flags, _ in STUDIES["table4"]}
-    baseline, ours = runs["baseline"], runs["both"]
-    draw_fig6(args, folder, baseline[0], ours[0])
-    draw_fig7(args, folder, {"baseline": baseline, "ours": ours})
+    torch.set_flush_denormal(True)
+    folder, runs = Folder(args.data), scored_runs(args)
+    baseline, ours = runs["baseline"][0][0], runs["both"][0][0]  # of the first seed
+    means = ranked(args, folder, ours)
+    draw_fig6(args, folder, baseline, ours, means)
+    draw_fig7(args, folder, {"baseline": runs["baseline"], "ours": runs["both"]})
     draw_curves(args, runs)
-    checkpoint = load_checkpoint(ours[0] / "cls.pt", "cls")
+    checkpoint = load_checkpoint(ours / "cls.pt", "cls")
     model, settings = build(checkpoint), checkpoint["args"]
-    order = ranked(args, folder, ours[0])
     classifier = probe(model, folder, checkpoint["ids"], settings)
-    draw_context(args, folder, ours[0], order[len(order) // 2][1], model, settings, classifier)
+    median = list(means)[len(means) // 2]
+    draw_context(args, folder, ours, median, model, settings, classifier)
 
 
 if __name__ == "__main__":

@@ -138,8 +138,12 @@ def test_export_for_vocs_server_needs_no_ground_truth(run, toy_copy, tmp_path):
     in_process(evaluate, "--data", toy_copy, "--run", here, "--export", "--split", "test")
     exported = here / "results/VOC2012/Segmentation/comp6_test_cls"
     ids = (toy_copy / "ImageSets/Segmentation/test.txt").read_text().split()
-    assert sorted(path.name for path in (here / "results").rglob("*.*")) == [f"{i}.png" for i in ids]
-    assert masks(exported) == masks(here / "pred")
+    in_process(evaluate, "--data", toy_copy, "--run", here, "--export", "--split", "val")
+    in_process(evaluate, "--data", toy_copy, "--run", here, "--export", "--split", "test")
+    files = sorted(path.name for path in (here / "results").rglob("*.*"))
+    assert files == [f"{i}.png" for i in ids]  # those of val are gone
+    written = masks(here / "pred")
+    assert all(written[name] == content for name, content in masks(exported).items())
     with Image.open(exported / f"{victim.stem}.png") as mask:
         assert mask.mode == "P" and mask.size == (70, 55)
     with pytest.raises(SystemExit):
@@ -176,11 +180,13 @@ def test_crf_over_the_classes_that_are_best_somewhere_is_that_over_all():
     rng, torch_rng = np.random.default_rng(0), torch.Generator().manual_seed(0)
     image = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((160, 120))
     logits = torch.randn(21, 6, 8, generator=torch_rng) * 2
-    logits[6:] -= 9  # six classes compete, as they do after training
+    logits[6:] -= 9  # six classes compete, as they do after training, ...
+    logits[20] = logits[:6].mean(dim=0)  # ... and one is never best, but never far
     kept = evaluate.predict(logits, image, {})
     probs = make_pseudo.upsample(logits, 120, 160).softmax(0).numpy()
     every = make_pseudo.dense_crf(np.array(image), probs).argmax(0)
-    assert (kept == every).mean() > 0.999
+    assert 20 not in np.unique(probs.argmax(0))
+    assert (kept == every).mean() > 0.98
     assert (kept != probs.argmax(0)).mean() > 0.01  # the CRF does something here
 
 
@@ -189,14 +195,15 @@ def test_81_classes_at_960_pixels_stay_below_two_gib(script):
 import resource, numpy as np, torch, evaluate
 from PIL import Image
 torch.manual_seed(0)
-logits = torch.nn.functional.interpolate(torch.randn(1, 81, 2, 2) * 5, (120, 120))[0]
+logits = torch.nn.functional.interpolate(torch.randn(1, 81, 8, 8) * 5, (120, 120))[0]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 before = peak()
-mask = evaluate.predict(logits, Image.new("RGB", (960, 960), (9, 9, 9)), {"iterations": 2})
+assert len(np.unique(evaluate.upsampled_argmax(logits, 960, 960))) > 30
+mask = evaluate.predict(logits, Image.new("RGB", (960, 960), (9, 9, 9)), {"iterations": 1})
 print("classes", len(np.unique(mask)), "GiB", peak() - before)"""
     _, output = script("-c", code)
     words = output.split()
-    assert int(words[-3]) > 1 and float(words[-1]) < 2, output
+    assert 1 < int(words[-3]) <= 21 and float(words[-1]) < 2, output
 
 
 def test_anybodys_photo(run, tmp_path):

@@ -1,5 +1,6 @@
 """The folder layout, the score, the batches, the beetles and the VOC reader."""
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -185,15 +186,23 @@ def test_cooccur_is_the_probability_of_the_preferred_texture(monkeypatch):
     for index in range(200):
         shapes = np.random.default_rng([data.TOY_SEED, 0, index, 0])
         first.append(shapes.choice(8, size=shapes.integers(1, 4), replace=False)[0])
-    for probability, expected in ((0.0, 1 / 4), (0.9, 0.9 + 0.1 / 4), (1.0, 1)):
+    for probability, expected in ((0.0, 1 / 4), (0.5, 5 / 8), (1.0, 1)):
         chosen.clear()
         for index in range(200):
             data.toy_scene(0, index, probability)
-        kept = np.mean([data.TEXTURES.index(name) == label % 4
+        kept = np.mean([data.TEXTURES.index(name) == label // 2  # the pattern, not the head
                         for name, label in zip(chosen, first)])
-        assert abs(kept - expected) < 0.08  # 2.6 standard deviations at 1/4; exact at 1
+        assert abs(kept - expected) < 0.09  # 2.6 standard deviations at 5/8
     with pytest.raises(SystemExit):
         data.parse_args(["toy", "--root", "x", "--cooccur", "1.5"])
+
+
+def test_beetles_of_two_kinds_are_not_mixed_in_one_folder(tmp_path):
+    for root, other in ((tmp_path / "a", 0.5), (tmp_path / "b", None)):
+        data.make_toy(root, (1, 1, 1), 0.9 if other else 0.0)
+        data.make_toy(root, (2, 1, 1), 0.9 if other else 0.0)
+        with pytest.raises(DataError, match="another --cooccur: choose another --root"):
+            data.make_toy(root, (1, 1, 1), other)
 
 
 def test_fewer_images_are_a_prefix(toy, tmp_path):
@@ -282,7 +291,7 @@ def test_coco_folder_labels_links_and_splits(coco, capsys):
     assert len(folder.classes) == 81 and folder.classes[10] == "traffic_light"
     assert folder.classes[1] == "person" and folder.classes[80] == "toothbrush"
     assert folder.ids("val") == ["COCO_val2014_000000000101", "COCO_val2014_000000000102"]
-    assert len(folder.ids("train")) == 4 and "COCO_train2014_000000000005" not in folder.ids("train")
+    assert folder.ids("train") == [f"COCO_train2014_{i:012d}" for i in (1, 2, 3, 4)]  # 5 has none
     labels = folder.image_labels("COCO_val2014_000000000101").nonzero().flatten().tolist()
     assert labels == [0, 1, 10, 80]
     crowd_only = folder.image_labels("COCO_val2014_000000000102").nonzero().flatten().tolist()
@@ -309,9 +318,27 @@ def test_what_is_wrong_with_coco_is_named(coco):
         path.write_text(content)
         with pytest.raises(DataError, match="instances_train2014.json is no COCO instances file"):
             data.make_coco(coco, counts=counts)
+    for extra in ({}, {"category_id": 12}, {"image_id": 77}):
+        entry = dict(image_id=1, category_id=1, area=1, iscrowd=0, segmentation=[]) | extra
+        if not extra:
+            entry.pop("segmentation")
+        content = json.loads((coco / "annotations/instances_val2014.json").read_text())
+        content["images"].append(dict(id=1, file_name="x.jpg", height=1, width=1))
+        path.write_text(json.dumps(content | {"annotations": [entry]}))
+        with pytest.raises(DataError, match="instances_train2014.json is no COCO instances file"):
+            data.make_coco(coco, counts=counts)
     path.unlink()
     with pytest.raises(DataError, match="instances_train2014.json not found.*--download"):
         data.make_coco(coco, counts=counts)
+
+
+def test_odd_shapes_of_coco():
+    shapes = [[], [np.array([3.0, 3.0])], [np.array([0.0, 0.0, 4.0, 4.0])],  # nothing to fill
+              [np.array([0.0, 0.0, 4.0, 0.0, 4.0, 4.0, 0.0, 4.0]), np.array([6.0, 6.0])]]
+    masks = [data.coco_mask([(3, 1, False, shape)], {3: 2}, 8, 8) for shape in shapes]
+    assert [int(mask.sum()) for mask in masks] == [0, 0, 0, 2 * 16]
+    with pytest.raises(DataError, match="size"):
+        data.coco_mask([(3, 1, False, dict(size=[4, 4], counts=[0, 16]))], {3: 2}, 8, 8)
 
 
 def test_coco_archives_are_fetched_once_and_checked(tmp_path, monkeypatch):

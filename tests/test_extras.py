@@ -1,9 +1,11 @@
 """The studies and figures of extras/: known answers, and a tiny study as a person runs it."""
 import json
 import math
+import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import ablate
@@ -51,7 +53,8 @@ def test_table_by_hand():
     lines = ablate.table(rows, scores)
     assert lines[2] == "| first | 65.2 | 3 | 12.0 ± 2.0 | 20.0 ± 0.0 |  |"
     # differences 5, 3, 7: mean 5, deviation 2, Student's t of 2 degrees of freedom 4.303
-    assert lines[3] == f"| second | - | 3 | 17.0 ± 2.0 | 22.0 ± 1.0 | +5.0 ± {4.303 * 2 / 3**.5:.1f} |"
+    interval = 4.303 * 2 / math.sqrt(3)
+    assert lines[3] == f"| second | - | 3 | 17.0 ± 2.0 | 22.0 ± 1.0 | +5.0 ± {interval:.1f} |"
     assert {line.count("|") for line in lines} == {7}
     one = ablate.table(rows, [scores[0][:1], scores[1][:1]])
     assert one[3] == "| second | - | 1 | 15.0 | 21.0 | +5.0 |"
@@ -93,7 +96,8 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(toy, tmp_path, calls, ca
 
 def test_full_trains_and_scores_deeplab(toy, tmp_path, calls):
     seg = "--iterations 2 --batch-size 4 --val-images 2"
-    home = study(toy, tmp_path, "max-norm", "--seeds", "0", "--full", seg)
+    home = study(toy, tmp_path, "max-norm", "--seeds", "0", "--full", "--seg-flags", seg)
+    assert (home / "max-norm-val-full.md").is_file()
     scores = json.loads((home / "default/s0/scores-val-full.json").read_text())["scores"]
     results = json.loads((home / "default/s0/results.json").read_text())
     assert results["split"] == "val" and scores["DeepLabv2"] == 100 * results["miou"]
@@ -102,26 +106,40 @@ def test_full_trains_and_scores_deeplab(toy, tmp_path, calls):
 def test_a_failing_run_is_named(tmp_path, script):
     code, output = script("extras/ablate.py", "context", "--data", tmp_path / "none",
                           "--out", tmp_path / "runs", check=False)
-    assert code == 1 and "Traceback" not in output and "train_cls.py failed" in output
+    assert code == 1 and "Traceback" not in output and "train_cls.py ended with code 1" in output
     assert "none not found" in output.strip().splitlines()[-1]
+
+
+def test_a_study_of_real_commands_from_another_folder(toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(ablate.STUDIES, "one", [("max pooling", 68.1, "--pool max", "")])
+    ablate.main(ablate.parse_args([
+        "one", "--seeds", "3", "--data", os.path.relpath(toy), "--cls-flags=--epochs 1",
+        "--flags=--workers 0 --preset toy"]))
+    run = tmp_path / "runs/ablate/toy/pool_max/s3"
+    assert (run / "out.txt").read_text().count("--workers 0 --preset toy") == 4
+    args = torch.load(run / "cls.pt", weights_only=True)["args"]
+    assert (args["pool"], args["seed"], args["epochs"]) == ("max", 3, 1)
+    assert "| max pooling | 68.1 | 1 |" in (tmp_path / "runs/ablate/toy/one-val.md").read_text()
 
 
 # --- figures -----------------------------------------------------------------------------------
 
 def test_figures_of_a_tiny_table_4(toy, tmp_path, calls, monkeypatch):
     monkeypatch.setattr(figures, "PROBE_IMAGES", 8)
-    where = ["--data", str(toy), "--runs", str(tmp_path)]
+    where = ["--data", str(toy), "--runs", str(tmp_path), "--workers", "0"]
     with pytest.raises(DataError, match="ablate.py table4"):
         figures.main(figures.parse_args(where))
     home = study(toy, tmp_path, "table4", "--seeds", "0", "1")
+    study(toy, tmp_path, "table4", "--seeds", "0", "--split", "test")  # val's figures stay val's
     figures.main(figures.parse_args(where))
     for name in ("fig6", "fig7", "curves", "context"):
         with Image.open(home / f"{name}.png") as picture:
             assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(10**6)) > 20
     args = figures.parse_args([*where, "--masks", "bpm"])
-    order = figures.ranked(args, data.Folder(toy), home / "default/s0")
-    assert len(order) == 8 and order == sorted(order)
-    iou, image_id = order[-1]
+    means = figures.ranked(args, data.Folder(toy), home / "default/s0")
+    assert len(means) == 8 and list(means.values()) == sorted(means.values())
+    image_id, iou = list(means.items())[-1]
     truth = np.array(Image.open(toy / "SegmentationClass" / f"{image_id}.png"))
     guess = np.array(Image.open(home / "default/s0/bpm" / f"{image_id}.png"))
     by_hand = [((truth == c) & (guess == c)).sum() /
@@ -144,15 +162,21 @@ def test_a_grid_as_fine_as_the_image_loses_nothing_and_one_patch_almost_all():
 
 
 def test_bound_by_hand(tmp_path, capsys):
-    """A 4x4 mask, left column class 1: 2x2 patches are half 1, half 0, and the tie goes to 0."""
-    mask = np.zeros((4, 4), np.uint8)
-    mask[:, 0] = 1
+    """Class 1 covers 5 of 6 columns: the grid of 2 moves the border, by labels and by shares."""
+    mask = np.ones((6, 6), np.uint8)
+    mask[:, 0] = 0
     folder = tmp_path / "one"
     data.save_mask(folder / "SegmentationClass/a.png", mask)
     data.write_lines(folder / "classes.txt", ["background", "thing"])
     data.write_lines(folder / "ImageSets/Segmentation/val.txt", ["a"])
-    patch_grid.main(patch_grid.parse_args(["--data", str(folder), "--sides", "2", "4"]))
-    labels = 100 * (12 / 16 + 0) / 2
-    # shares at 2: columns 0.5 and 0 upsample to 0.5, 0.375, 0.125, 0: background everywhere again
-    assert f"labels {labels:5.1f}   shares {labels:5.1f}" in capsys.readouterr().out
-    assert not math.isnan(labels)
+    patch_grid.main(patch_grid.parse_args(["--data", str(folder), "--sides", "2", "6"]))
+    # at 2 both patches are class 1, as labels and as shares (2/3 and 1): background is lost
+    coarse, output = 100 * (0 + 30 / 36) / 2, capsys.readouterr().out
+    assert f"  2 x 2   patches   labels {coarse:5.1f}   shares {coarse:5.1f}" in output
+    assert "  6 x 6   patches   labels 100.0   shares 100.0" in output
+    mask[:, 1] = 0  # now the left patch is 2/3 background, and a label calls all of it that
+    data.save_mask(folder / "SegmentationClass/a.png", mask)
+    patch_grid.main(patch_grid.parse_args(["--data", str(folder), "--sides", "2"]))
+    labels = 100 * (12 / 18 + 18 / 24) / 2
+    # background in the six columns: 1 1 2/3 1/3 0 0 by labels, 2/3 2/3 4/9 2/9 0 0 by shares
+    assert f"labels {labels:5.1f}   shares 100.0" in capsys.readouterr().out
