@@ -1,6 +1,6 @@
 """Data: one folder layout for every data set, the presets, and the makers of such folders.
 
-Run:    python data.py toy --root data/toy                             (8 s, nothing is downloaded)
+Run:    python data.py toy --root data/toy                            (12 s, nothing is downloaded)
         python data.py voc --root data/VOC2012 [--sbd DIR] [--download]
         python data.py coco --root data/COCO2014 [--train-masks] [--download]
 Writes: ROOT/JPEGImages/ID.jpg                    the images, RGB

@@ -23,7 +23,7 @@ def test_commands_parse(command):
 
 
 def test_make_targets_exist():
-    rules = re.findall(r"^([\w ]+):", (ROOT / "Makefile").read_text(), re.M)
+    rules = re.findall(r"^([\w ./]+):", (ROOT / "Makefile").read_text(), re.M)
     targets = set(" ".join(rules).split())
     named = {word for command in COMMANDS if command.startswith("make ")
              for word in shlex.split(command)[1:] if "=" not in word}
