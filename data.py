@@ -94,6 +94,16 @@ def positive(text):
     return int(text)
 
 
+def probability(text):
+    """argparse type: a number from 0 to 1."""
+    try:
+        if 0 <= float(text) <= 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+
+
 def stage_parser(doc):
     """The flags that all four stages share; parse() fills the defaults that a preset gives."""
     class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -646,16 +656,6 @@ def make_coco(root, train_masks=False, counts=COCO_COUNTS):
         print(f"{split}: {found[0]:,} images, {found[1]:,} with an object")
     names = ["background", *(classes[class_id] for class_id in sorted(classes))]
     write_folder_files(root, "coco", names, label_lines)
-
-
-def probability(text):
-    """argparse type: a number from 0 to 1."""
-    try:
-        if 0 <= float(text) <= 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
 
 
 def parse_args(argv=None):

@@ -71,9 +71,9 @@ def show(axis, picture, title, **kwargs):
     axis.set_axis_off()
 
 
-def ranked(args, folder, run):
+def ranked(args, folder, run, ids):
     """{id: mean IoU of the image's classes} of one run's masks, from the worst to the best."""
-    ids = [i for i in folder.ids(args.split) if folder.mask_path(i).is_file()]
+    ids = [i for i in ids if folder.mask_path(i).is_file()]
     jobs = [(run / args.masks / f"{i}.png", folder.mask_path(i), len(folder.classes)) for i in ids]
     means = {}
     for image_id, confusion in zip(ids, in_parallel(confusion_of, jobs, args.workers)):
@@ -84,8 +84,9 @@ def ranked(args, folder, run):
 
 def draw_fig6(args, folder, baseline, ours, means):
     """The best, the median and the worst image of ours: not chosen by anybody."""
-    order, others = list(means), ranked(args, folder, baseline)
+    order = list(means)
     picks = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
+    others = ranked(args, folder, baseline, picks.values())
     figure, axes = plt.subplots(len(picks), 4, figsize=(7.6, 6.6), layout="constrained")
     for row, (rank, image_id) in zip(axes, picks.items()):
         masks = [folder.mask_path(image_id), *(run / args.masks / f"{image_id}.png"
@@ -198,7 +199,7 @@ def main(args):
     torch.set_flush_denormal(True)
     folder, runs = Folder(args.data), scored_runs(args)
     baseline, ours = runs["baseline"][0][0], runs["both"][0][0]  # of the first seed
-    means = ranked(args, folder, ours)
+    means = ranked(args, folder, ours, folder.ids(args.split))
     draw_fig6(args, folder, baseline, ours, means)
     draw_fig7(args, folder, {"baseline": runs["baseline"], "ours": runs["both"]})
     draw_curves(args, runs)

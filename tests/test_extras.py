@@ -137,7 +137,8 @@ def test_figures_of_a_tiny_table_4(toy, tmp_path, calls, monkeypatch):
         with Image.open(home / f"{name}.png") as picture:
             assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(10**6)) > 20
     args = figures.parse_args([*where, "--masks", "bpm"])
-    means = figures.ranked(args, data.Folder(toy), home / "default/s0")
+    folder = data.Folder(toy)
+    means = figures.ranked(args, folder, home / "default/s0", folder.ids("val"))
     assert len(means) == 8 and list(means.values()) == sorted(means.values())
     image_id, iou = list(means.items())[-1]
     truth = np.array(Image.open(toy / "SegmentationClass" / f"{image_id}.png"))
