@@ -47,7 +47,7 @@ figures: table4
 	$(PY) extras/figures.py --data $(DATA)
 
 test: .venv/ready
-	.venv/bin/pip install --quiet pytest
+	.venv/bin/pip install --quiet -r tests/requirements.txt
 	$(PY) -m pytest -q tests
 
 $(TOY)/image_labels.txt: | .venv/ready
@@ -56,6 +56,8 @@ $(TOY)/image_labels.txt: | .venv/ready
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -r requirements.txt
+	.venv/bin/pip install --quiet pydensecrf2 > .venv/pydensecrf2.log 2>&1 || \
+		echo "pydensecrf2 cannot be built here (.venv/pydensecrf2.log): extras/crf.py computes the CRF"
 	touch $@
 
 clean:

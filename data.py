@@ -104,6 +104,16 @@ def probability(text):
     raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
 
 
+def deviation(text):
+    """argparse type: a number above zero."""
+    try:
+        if 0 < float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no number above zero")
+
+
 def stage_parser(doc):
     """The flags that all four stages share; parse() fills the defaults that a preset gives."""
     class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -114,8 +124,9 @@ def stage_parser(doc):
     parser.add_argument("--run", type=Path, help="folder that this and the other stages write to")
     parser.add_argument("--preset", choices=PRESETS, help="row of PRESETS in data.py that gives "
                         "the defaults; without this flag DATA/preset.txt names it, else it is voc")
-    parser.add_argument("--workers", type=int, default=2, help="processes that load images or run "
-                        "the CRF beside the network; 0: none. The results do not depend on it")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes "
+                        "that load images, write masks and, without a GPU, run the CRF beside the "
+                        "network; 0: none. The results do not depend on it")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction,
                         default=torch.cuda.is_available(),
                         help="run the network in bfloat16 autocast (the losses stay in float32)")

@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
 from data import IGNORE, DataError, Folder
-from make_pseudo import (add_crf_flags, claim, crf_settings, dense_crf, digest, in_parallel,
-                         score_masks, upsample)
+from make_pseudo import (Images, add_crf_flags, claim, crf_settings, dense_crf, digest, score_masks,
+                         upsample, write_all)
 from model import build, join_processes, load_checkpoint
 
 IGNORE_POLICY = "pixels whose truth is 255 are left out; a predicted 255 is a miss"
@@ -39,10 +40,9 @@ def parse_args(argv=None):
     add("--masks", type=Path, help="score this folder of ID.png instead of predicting")
     add("--image", type=Path, help="segment this one photo instead")
     add("--out", type=Path, help="where --image writes its mask")
-    add("--crf", action="store_true", help="refine the predictions with the dense CRF (paper)")
     add("--export", action="store_true", help=f"write RUN/{EXPORT}/ID.png for VOC's test server "
         "and do not score; --split test")
-    add_crf_flags(parser)
+    add_crf_flags(parser, default="none")
     args = data.parse(parser, "evaluate", argv, needed=())
     if args.image and not (args.run and args.out):
         parser.error("--image needs --run and --out")
@@ -59,45 +59,47 @@ def parse_args(argv=None):
 
 @torch.no_grad()
 def predict_logits(model, image, device, amp):
-    """PIL image -> the multi-scale maximum of DeepLabv2's logits, (C, H/8, W/8) on the CPU."""
+    """(H, W, 3) uint8 -> the multi-scale maximum of DeepLabv2's logits, (C, H/8, W/8) on device."""
     model.eval()
-    images = data.to_tensor(image)[None].to(device) / 255
+    images = torch.as_tensor(image, device=device).permute(2, 0, 1)[None] / 255
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-        return model(images)[-1][0].cpu()
+        return model(images)[-1][0]
 
 
 def upsampled_argmax(logits, height, width):
-    """Logits (C, h, w) -> (height, width) uint8, the best class of each pixel.
+    """Logits (C, h, w) -> (height, width) uint8 on their device, the best class of each pixel.
 
     A few classes at a time: 81 classes of a 960x960 image would be 300 MB at once.
     """
-    best, mask = torch.full((height, width), -torch.inf), torch.zeros(height, width).byte()
+    mask = torch.zeros(height, width, dtype=torch.uint8, device=logits.device)
+    best = torch.full_like(mask, -torch.inf, dtype=logits.dtype)
     for first in range(0, len(logits), CHUNK):
         value, label = upsample(logits[first:first + CHUNK], height, width).max(dim=0)
         mask = torch.where(value > best, (label + first).byte(), mask)
         best = torch.maximum(best, value)
-    return mask.numpy()
+    return mask
 
 
 def predict(logits, image, crf=None):
-    """Logits (C, h, w) of a PIL image -> mask (H, W) uint8; crf: dense_crf's constants, or None.
+    """Logits (C, h, w) of an image (H, W, 3) uint8 -> mask (H, W) uint8; crf as in crf_settings.
 
     The CRF is over the classes that are best somewhere (at most the MAX_CLASSES with most pixels):
     a class that is nowhere best hardly gains a pixel, but costs as much time and memory as another.
     """
-    mask = upsampled_argmax(logits, image.height, image.width)
+    logits, (H, W) = torch.as_tensor(logits), image.shape[:2]
+    mask = upsampled_argmax(logits, H, W)
     if crf is None:
-        return mask
-    pixels = np.bincount(mask.ravel(), minlength=len(logits))
-    present = np.sort(np.argsort(-pixels, kind="stable")[:min((pixels > 0).sum(), MAX_CLASSES)])
-    probs = upsample(logits[present], image.height, image.width).softmax(dim=0).numpy()
-    return present[dense_crf(np.array(image), probs, **crf).argmax(0)].astype(np.uint8)
+        return mask.cpu().numpy()
+    pixels = mask.flatten().bincount(minlength=len(logits))
+    most = pixels.sort(descending=True, stable=True).indices[:MAX_CLASSES]
+    present = most[pixels[most] > 0].sort().values
+    probs = upsample(logits[present], H, W).softmax(dim=0)
+    return present[dense_crf(image, probs, **crf).argmax(0)].byte().cpu().numpy()
 
 
-def write_prediction(job):
-    """Refine and write one image's prediction; runs in a worker process."""
-    image_path, logits, path, crf = job
-    data.save_mask(path, predict(torch.from_numpy(logits), data.read_image(image_path), crf))
+def prediction(logits, image, crf):
+    """The one mask of an image as write_all takes it."""
+    return [predict(logits, image, crf)]
 
 
 # --- scores ------------------------------------------------------------------------------------
@@ -222,7 +224,8 @@ def draw_figure(model, folder, args, device, crf):
         image = data.read_image(folder.image_path(image_id))
         paths = folder.mask_path(image_id), bpm / f"{image_id}.png", pseudo / f"{image_id}.png"
         masks = [data.read_mask(path, C, image.size) for path in paths]
-        masks.append(predict(predict_logits(model, image, device, args.amp), image, crf))
+        pixels = np.array(image)
+        masks.append(predict(predict_logits(model, pixels, device, args.amp), pixels, crf))
         seen.update(*(np.unique(mask).tolist() for mask in masks))
         rows.append([image, *map(colour, masks)])
     names = {k: "ignore" if k == IGNORE else folder.classes[k] for k in sorted(seen)}
@@ -239,7 +242,8 @@ def draw_figure(model, folder, args, device, crf):
 def segment_photo(args, model, classes, device, crf):
     """Write the mask and the overlay of --image."""
     image = ImageOps.exif_transpose(data.read_image(args.image))
-    mask = predict(predict_logits(model, image, device, args.amp), image, crf)
+    pixels = np.array(image)
+    mask = predict(predict_logits(model, pixels, device, args.amp), pixels, crf)
     data.save_mask(args.out, mask)
     blend = Image.blend(image, colour(mask), 0.6)
     overlay = Image.composite(blend, image, Image.fromarray((mask > 0).astype(np.uint8) * 255))
@@ -253,7 +257,6 @@ def segment_photo(args, model, classes, device, crf):
 
 
 def main(args):
-    crf = crf_settings(args) if args.crf else None
     if args.masks and not args.image:
         note = args.masks / "settings.json"
         made = json.loads(note.read_text()) if note.is_file() else {}
@@ -263,6 +266,7 @@ def main(args):
         data.write_lines(args.masks / "results.json", [json.dumps(results)])
         return
     device, _, _ = join_processes()
+    crf = crf_settings(args, device)
     checkpoint = load_checkpoint(args.run / "seg.pt", "seg")
     model = build(checkpoint).to(device)
     if args.image:
@@ -274,17 +278,18 @@ def main(args):
     if checkpoint["classes"] != folder.classes:
         raise DataError(f"{args.run}/seg.pt has other classes than {args.data}/classes.txt")
     ids, pred = folder.ids(args.split), args.run / "pred"
-    about = dict(checkpoint=str(args.run / "seg.pt"), masks=str(pred), crf=args.crf,
+    about = dict(checkpoint=str(args.run / "seg.pt"), masks=str(pred), crf=crf is not None,
                  image_labels_used=False, seed=checkpoint["args"]["seed"])
     settings = about | dict(data=str(args.data.resolve()), seg=digest(args.run / "seg.pt"),
                             constants=crf)
     note = pred / "settings.json"
     if not note.is_file() or json.loads(note.read_text()) != settings:
         claim(pred, settings, overwrite=True)  # else a killed run goes on where it stopped
-    paths = [folder.image_path(i) for i in ids if not (pred / f"{i}.png").is_file()]
-    jobs = ((path, predict_logits(model, data.read_image(path), device, args.amp).numpy(),
-             pred / f"{path.stem}.png", crf) for path in paths)
-    for _ in tqdm(in_parallel(write_prediction, jobs, args.workers), total=len(paths),
+    todo = [i for i in ids if not (pred / f"{i}.png").is_file()]
+    loader = DataLoader(Images(folder, todo), batch_size=None, num_workers=args.workers)
+    jobs = (((predict_logits(model, image, device, args.amp), image, crf),
+             [pred / f"{todo[index]}.png"]) for index, image in loader)
+    for _ in tqdm(write_all(prediction, jobs, args.workers, device, crf), total=len(todo),
                   desc=f"predict {args.split}", disable=None):
         pass
 

@@ -6,6 +6,7 @@ Reads:  RUN/cls.pt, JPEGImages/, image_labels.txt; a mask only to score at the v
 Writes: RUN/bpm/ID.png     baseline pseudo masks: argmax of the upsampled maps (Eq. 10)
         RUN/pseudo/ID.png  the same after the CRF: what stage 3 trains on
 A killed run goes on where it stopped: masks that are already written are skipped.
+On a GPU the masks are computed there; on a CPU they are, like all writing, the worker processes'.
 """
 import argparse
 import hashlib
@@ -13,9 +14,9 @@ import json
 import os
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import numpy as np
-import pydensecrf.densecrf as densecrf
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -25,25 +26,47 @@ from tqdm import tqdm
 
 import data
 from data import DataError, Folder
+from extras import crf as torch_crf
 from model import build, join_processes, load_checkpoint
+
+try:
+    import pydensecrf.densecrf as densecrf
+except ImportError:  # it has no binary wheels and needs a C++ compiler
+    densecrf = None
 
 STAGE = "make_pseudo"
 PROB_FLOOR = 1e-5  # the CRF's unary energy is -log(p): keeps it finite
 
 
-def add_crf_flags(parser):
-    """The CRF's constants, as flags; crf_settings(args) hands them to dense_crf."""
+def add_crf_flags(parser, default):
+    """--crf and the CRF's constants, as flags; crf_settings(args, device) reads them."""
     add = parser.add_argument
+    add("--crf", nargs="?", choices=("auto", "torch", "pydensecrf", "none"), const="auto",
+        default=default, help="who computes the dense CRF: torch is extras/crf.py, with the same "
+        "labels; auto, or no word: torch on a GPU, pydensecrf, if installed, on a CPU")
     add("--crf-iterations", type=int, default=10, help="mean-field iterations")
-    add("--crf-sxy", type=float, default=67, help="bilateral kernel: deviation in pixels")
-    add("--crf-srgb", type=float, default=3, help="bilateral kernel: deviation in RGB levels")
+    add("--crf-sxy", type=data.deviation, default=67, help="bilateral kernel: deviation in pixels")
+    add("--crf-srgb", type=data.deviation, default=3,
+        help="bilateral kernel: deviation in RGB levels")
     add("--crf-compat", type=float, default=4, help="bilateral kernel: weight of its Potts term")
 
 
-def crf_settings(args):
-    """The keyword arguments of dense_crf that the flags set."""
-    return dict(iterations=args.crf_iterations, bilateral_sxy=args.crf_sxy,
-                bilateral_srgb=args.crf_srgb, bilateral_compat=args.crf_compat)
+def crf_backend(name, device):
+    """The backend that `--crf name` means on a device: "torch" or "pydensecrf"."""
+    if name == "pydensecrf" and densecrf is None:
+        raise DataError("pydensecrf is not installed (`pip install pydensecrf2` needs a C++ "
+                        "compiler): --crf torch gives the same labels")
+    if name == "auto":
+        return "pydensecrf" if device.type == "cpu" and densecrf else "torch"
+    return name
+
+
+def crf_settings(args, device):
+    """The keyword arguments of dense_crf that the flags set, or None for --crf none."""
+    return None if args.crf == "none" else dict(
+        backend=crf_backend(args.crf, device), iterations=args.crf_iterations,
+        bilateral_sxy=args.crf_sxy, bilateral_srgb=args.crf_srgb,
+        bilateral_compat=args.crf_compat)
 
 
 def parse_args(argv=None):
@@ -56,8 +79,7 @@ def parse_args(argv=None):
     add("--batch-size", type=data.positive, default=8, help="images of one forward pass")
     add("--max-norm", action=argparse.BooleanOptionalAction, default=True,
         help="divide each class's map by its own maximum before the argmax (ViT-PCM)")
-    add("--crf", action=argparse.BooleanOptionalAction, default=True, help="write pseudo/ as well")
-    add_crf_flags(parser)
+    add_crf_flags(parser, default="auto")
     add("--overwrite", action="store_true", help="delete RUN/bpm and RUN/pseudo and start anew")
     return data.parse(parser, STAGE, argv)
 
@@ -82,35 +104,47 @@ def upsample(maps, height, width):
     return F.interpolate(maps[None], (height, width), mode="bilinear", align_corners=False)[0]
 
 
-def dense_crf(image, probs, *, iterations=10, gaussian_sxy=1, gaussian_compat=3,
+def dense_crf(image, probs, *, backend="auto", iterations=10, gaussian_sxy=1, gaussian_compat=3,
               bilateral_sxy=67, bilateral_srgb=3, bilateral_compat=4):
-    """Mean field in a fully connected CRF (Kraehenbuehl & Koltun 2011), by pydensecrf.
+    """Mean field in a fully connected CRF (Kraehenbuehl & Koltun 2011).
 
     image (H, W, 3) uint8 RGB, as it was decoded; probs (C, H, W) float32, summing to one over C.
-    Returns refined probabilities (C, H, W) float32. sxy are in pixels, srgb in levels of 0 to 255;
-    the defaults are ViT-PCM's.
+    Arrays or tensors; backend torch computes where probs lie, auto as --crf auto says. Returns
+    refined probabilities (C, H, W) float32, of the kind that probs are. sxy are in pixels, srgb in
+    levels of 0 to 255; the defaults are ViT-PCM's.
     """
     C, H, W = probs.shape
     if C == 1:
         return probs
-    crf = densecrf.DenseCRF2D(W, H, C)
-    unary = -np.log(np.maximum(probs, PROB_FLOOR), dtype=np.float32)
-    crf.setUnaryEnergy(np.ascontiguousarray(unary.reshape(C, -1)))
-    crf.addPairwiseGaussian(sxy=gaussian_sxy, compat=gaussian_compat)
-    crf.addPairwiseBilateral(sxy=bilateral_sxy, srgb=bilateral_srgb, compat=bilateral_compat,
-                             rgbim=np.ascontiguousarray(image))
-    return np.array(crf.inference(iterations), dtype=np.float32).reshape(C, H, W)
+    unary = -torch.as_tensor(probs).clamp(min=PROB_FLOOR).log()
+    if crf_backend(backend, unary.device) == "torch":
+        Q = torch_crf.mean_field(
+            torch.as_tensor(image, device=unary.device), unary, iterations=iterations,
+            gaussian_sxy=gaussian_sxy, gaussian_compat=gaussian_compat,
+            bilateral_sxy=bilateral_sxy, bilateral_srgb=bilateral_srgb,
+            bilateral_compat=bilateral_compat)
+    else:
+        crf = densecrf.DenseCRF2D(W, H, C)
+        crf.setUnaryEnergy(unary.flatten(1).cpu().contiguous().numpy())
+        crf.addPairwiseGaussian(sxy=gaussian_sxy, compat=gaussian_compat)
+        crf.addPairwiseBilateral(sxy=bilateral_sxy, srgb=bilateral_srgb, compat=bilateral_compat,
+                                 rgbim=torch.as_tensor(image).cpu().contiguous().numpy())
+        Q = torch.tensor(np.asarray(crf.inference(iterations)), device=unary.device).view(C, H, W)
+    return Q if torch.is_tensor(probs) else Q.numpy()
 
 
-def write_masks(job):
-    """One image's masks from its patch maps; runs in a worker process."""
-    image_path, present, maps, bpm_path, pseudo_path, crf = job
-    image = data.read_image(image_path)
-    probs = upsample(torch.from_numpy(maps), image.height, image.width).numpy()
-    if bpm_path is not None:
-        data.save_mask(bpm_path, present[probs.argmax(0)])  # Eq. (10)
-    if pseudo_path is not None:
-        data.save_mask(pseudo_path, present[dense_crf(np.array(image), probs, **crf).argmax(0)])
+def masks_of(image, present, maps, crf):
+    """[bpm, and with a CRF the pseudo mask] of an image, (H, W) uint8; Eq. (10).
+
+    image (H, W, 3) uint8, as it was decoded; present and maps as present_probs gives them; crf as
+    crf_settings gives it. The work is done where the maps lie.
+    """
+    present, maps = torch.as_tensor(present).byte(), torch.as_tensor(maps)
+    probs = upsample(maps, *image.shape[:2])
+    masks = [present[probs.argmax(0)]]  # Eq. (10)
+    if crf:
+        masks.append(present[dense_crf(image, probs, **crf).argmax(0)])
+    return [mask.cpu().numpy() for mask in masks]
 
 
 def in_parallel(function, jobs, workers):
@@ -128,34 +162,64 @@ def in_parallel(function, jobs, workers):
             yield pending.popleft().result()
 
 
+def write_masks(compute, job):
+    """Save the masks compute(*inputs) under their paths; runs in a worker process."""
+    inputs, paths = job
+    for mask, path in zip(compute(*inputs), paths):
+        data.save_mask(path, mask)
+
+
+def write_all(compute, jobs, workers, device, crf):
+    """Write the masks compute(*inputs) of every (inputs, paths) job; yields after each job.
+
+    On a GPU this process computes and the workers write; on a CPU the workers do both.
+    """
+    if device.type == "cuda" and (crf is None or crf["backend"] == "torch"):
+        done, compute = compute, list  # what is left to do there: take the masks as they are
+        jobs = (([done(*inputs)], paths) for inputs, paths in jobs)
+    else:  # tensors do not travel well to other processes
+        jobs = (([x.cpu().numpy() if torch.is_tensor(x) else x for x in inputs], paths)
+                for inputs, paths in jobs)
+    return in_parallel(partial(write_masks, compute), jobs, workers)
+
+
 # --- the stage ---------------------------------------------------------------------------------
 
 class Images(Dataset):
-    """index -> image (3, S, S) uint8, index."""
+    """index -> index, image (H, W, 3) uint8."""
 
-    def __init__(self, folder, ids, size):
-        self.folder, self.ids, self.size = folder, ids, size
+    def __init__(self, folder, ids):
+        self.folder, self.ids = folder, ids
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, index):
         image = data.read_image(self.folder.image_path(self.ids[index]))
-        return data.to_tensor(image.resize((self.size, self.size), Image.Resampling.BICUBIC)), index
+        return index, torch.from_numpy(np.array(image))
+
+
+def batch_of(items, size):
+    """collate_fn of a loader of Images: indices, images (B, 3, size, size), images as they are."""
+    indices, originals = zip(*items)
+    resized = [Image.fromarray(image.numpy()).resize((size, size), Image.Resampling.BICUBIC)
+               for image in originals]
+    return indices, torch.stack([data.to_tensor(image) for image in resized]), originals
 
 
 @torch.no_grad()
-def mask_jobs(model, folder, ids, args, device, outputs):
-    """Run the network over the images and yield write_masks's jobs."""
-    loader = DataLoader(Images(folder, ids, args.size), args.batch_size, num_workers=args.workers)
-    for images, indices in loader:
+def mask_jobs(model, folder, ids, args, device, outputs, crf):
+    """Run the network over the images and yield (arguments of masks_of, paths) of each."""
+    loader = DataLoader(Images(folder, ids), args.batch_size, num_workers=args.workers,
+                        collate_fn=partial(batch_of, size=args.size),
+                        pin_memory=device.type == "cuda")
+    for indices, images, originals in loader:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            patch_probs = model(images.to(device) / 255).cpu()
-        for index, Y in zip(indices.tolist(), patch_probs):
-            present, maps = present_probs(Y, folder.image_labels(ids[index]), args.max_norm)
-            paths = [out / f"{ids[index]}.png" if out else None for out in outputs]
-            yield (folder.image_path(ids[index]), present.numpy(), maps.numpy(), *paths,
-                   crf_settings(args))
+            patch_probs = model(images.to(device, non_blocking=True) / 255)
+        for index, original, Y in zip(indices, originals, patch_probs):
+            labels = folder.image_labels(ids[index]).to(device)
+            present, maps = present_probs(Y, labels, args.max_norm)
+            yield (original, present, maps, crf), [out / f"{ids[index]}.png" for out in outputs]
 
 
 def digest(path):
@@ -208,23 +272,22 @@ def main(args):
         folder.image_labels(image_id)  # fails early, by name
 
     # --- what is there already ---
-    bpm, pseudo = args.run / "bpm", args.run / "pseudo" if args.crf else None
+    crf = crf_settings(args, device)
+    outputs = [args.run / "bpm"] + ([args.run / "pseudo"] if crf else [])
     if rank == 0:
         settings = dict(cls=digest(args.run / "cls.pt"), data=str(args.data.resolve()),
                         size=args.size, max_norm=args.max_norm, image_labels_used=True,
                         seed=checkpoint["args"]["seed"])
-        claim(bpm, settings | dict(crf=False), args.overwrite)
-        if pseudo:
-            claim(pseudo, settings | dict(crf=True) | crf_settings(args), args.overwrite)
+        for out, constants in zip(outputs, (dict(crf=False), dict(crf=True) | (crf or {}))):
+            claim(out, settings | constants, args.overwrite)
     if world > 1:
         dist.barrier()
     mine = ids[rank::world]
-    todo = [i for i in mine
-            if not all((out / f"{i}.png").is_file() for out in (bpm, pseudo) if out)]
+    todo = [i for i in mine if not all((out / f"{i}.png").is_file() for out in outputs)]
 
     # --- masks ---
-    jobs = mask_jobs(model, folder, todo, args, device, (bpm, pseudo))
-    for _ in tqdm(in_parallel(write_masks, jobs, args.workers), total=len(todo),
+    jobs = mask_jobs(model, folder, todo, args, device, outputs, crf)
+    for _ in tqdm(write_all(masks_of, jobs, args.workers, device, crf), total=len(todo),
                   desc=f"masks of {args.split}", disable=None if rank == 0 else True):
         pass
     if world > 1:
@@ -233,9 +296,9 @@ def main(args):
     # --- score: the last two rows of Table 1 ---
     if rank == 0:
         print(f"{STAGE}  {len(todo):,} of {len(mine):,} images were still to do")
-        rows = {bpm: "BPM, CPF-CTE w/o CRF in Table 1", pseudo: "CRF, CPF-CTE in Table 1"}
-        for out, name in rows.items():
-            confusion, scored = score_masks(folder, ids, out, args.workers) if out else (None, 0)
+        rows = ("BPM, CPF-CTE w/o CRF in Table 1", "CRF, CPF-CTE in Table 1")
+        for out, name in zip(outputs, rows):
+            confusion, scored = score_masks(folder, ids, out, args.workers)
             if scored:
                 data.log(args.run, STAGE, masks=name, split=args.split, image_labels_used=True,
                          num_images=scored, miou=float(np.nanmean(data.iou_per_class(confusion))))

@@ -127,8 +127,8 @@ def validate(model, folder, ids, args, device):
     confusion = np.zeros((C, C + 1), np.int64)
     for image_id in ids[:args.val_images]:
         if folder.mask_path(image_id).is_file():
-            image = data.read_image(folder.image_path(image_id))
-            truth = data.read_mask(folder.mask_path(image_id), C, image.size)
+            image = np.array(data.read_image(folder.image_path(image_id)))
+            truth = data.read_mask(folder.mask_path(image_id), C, image.shape[1::-1])
             mask = predict(predict_logits(model, image, device, args.amp), image)
             confusion += data.confusion_matrix(mask, truth, C)
     return float(np.nanmean(data.iou_per_class(confusion))) if confusion.any() else None

@@ -21,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import data  # noqa: E402  the six scripts are a folder, not a package
 from ablate import STUDIES, folder_name  # noqa: E402
 from data import DataError, Folder  # noqa: E402
-from make_pseudo import Images, confusion_of, in_parallel  # noqa: E402
+from make_pseudo import Images, batch_of, confusion_of, in_parallel  # noqa: E402
 from model import build, classification_loss, load_checkpoint, pool_patches  # noqa: E402
 
 PROBE_IMAGES, PROBE_PASSES = 512, 20  # of the classifier that reads the tokens before the CF-BiLSTM
@@ -152,9 +152,9 @@ def probe(model, folder, ids, settings):
     needs a classifier of its own: the same loss, on the frozen network.
     """
     torch.manual_seed(0)
-    dataset = Images(folder, ids[:PROBE_IMAGES], settings["size"])
-    tokens = torch.cat([tokens_before_context(model, dataset[i][0][None])[1]
-                        for i in range(len(dataset))])
+    dataset = Images(folder, ids[:PROBE_IMAGES])
+    tokens = torch.cat([tokens_before_context(model, batch_of([item], settings["size"])[1])[1]
+                        for item in dataset])
     labels = torch.stack([folder.image_labels(i) for i in dataset.ids])
     classifier = torch.nn.Linear(tokens.shape[-1], len(folder.classes), bias=False)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-2)
@@ -172,7 +172,7 @@ def probe(model, folder, ids, settings):
 @torch.no_grad()
 def draw_context(args, folder, run, image_id, model, settings, classifier):
     """The median image: which token its patches get, and what they say before and after."""
-    picture = Images(folder, [image_id], settings["size"])[0][0]
+    _, (picture,), _ = batch_of([Images(folder, [image_id])[0]], settings["size"])
     tokens, enhanced = tokens_before_context(model, picture[None])
     maps = {"class-token attention": model.class_attention(tokens),
             "before CF-BiLSTM (probe)": classifier(enhanced).softmax(-1),

@@ -1,4 +1,5 @@
 """Shared by the tests: the path, a tiny toy data set, a way to run a script."""
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+HAS_PYDENSECRF = importlib.util.find_spec("pydensecrf") is not None
+BACKENDS = ["torch"] + ["pydensecrf"] * HAS_PYDENSECRF  # of the CRF, those that are installed
 
 
 @pytest.fixture(scope="session")

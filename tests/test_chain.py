@@ -16,6 +16,7 @@ import evaluate
 import make_pseudo
 import train_cls
 import train_seg
+from conftest import BACKENDS
 from data import DataError
 
 ROOT = Path(__file__).parent.parent
@@ -168,7 +169,7 @@ def test_coco_goes_through_all_four_stages(coco, tmp_path):
 
 def test_prediction_in_chunks_is_the_argmax_of_the_whole():
     torch.manual_seed(0)
-    image = Image.new("RGB", (97, 64))
+    image = np.zeros((64, 97, 3), np.uint8)
     for C in (1, 9, 16, 17, 81):
         logits = torch.randn(C, 9, 13)
         logits[C // 2] = logits[0]  # a tie: the first wins
@@ -179,29 +180,31 @@ def test_prediction_in_chunks_is_the_argmax_of_the_whole():
 def test_crf_over_the_classes_that_are_best_somewhere_is_that_over_all():
     rng, torch_rng = np.random.default_rng(0), torch.Generator().manual_seed(0)
     image = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((160, 120))
+    image = np.array(image)
     logits = torch.randn(21, 6, 8, generator=torch_rng) * 2
     logits[6:] -= 9  # six classes compete, as they do after training, ...
     logits[20] = logits[:6].mean(dim=0)  # ... and one is never best, but never far
     kept = evaluate.predict(logits, image, {})
     probs = make_pseudo.upsample(logits, 120, 160).softmax(0).numpy()
-    every = make_pseudo.dense_crf(np.array(image), probs).argmax(0)
+    every = make_pseudo.dense_crf(image, probs).argmax(0)
     assert 20 not in np.unique(probs.argmax(0))
     assert (kept == every).mean() > 0.98
     assert (kept != probs.argmax(0)).mean() > 0.01  # the CRF does something here
 
 
-def test_81_classes_at_960_pixels_stay_below_two_gib(script):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_81_classes_at_960_pixels_stay_below_two_gib(backend, script):
     code = """
-import resource, numpy as np, torch, evaluate
-from PIL import Image
+import resource, sys, numpy as np, torch, evaluate
 torch.manual_seed(0)
 logits = torch.nn.functional.interpolate(torch.randn(1, 81, 8, 8) * 5, (120, 120))[0]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 before = peak()
 assert len(np.unique(evaluate.upsampled_argmax(logits, 960, 960))) > 30
-mask = evaluate.predict(logits, Image.new("RGB", (960, 960), (9, 9, 9)), {"iterations": 1})
+mask = evaluate.predict(logits, np.full((960, 960, 3), 9, np.uint8),
+                        {"iterations": 1, "backend": sys.argv[1]})
 print("classes", len(np.unique(mask)), "GiB", peak() - before)"""
-    _, output = script("-c", code)
+    _, output = script("-c", code, backend)
     words = output.split()
     assert 1 < int(words[-3]) <= 21 and float(words[-1]) < 2, output
 
@@ -265,7 +268,7 @@ def test_masks_are_skipped_not_mixed_and_overwritten_on_request(run, toy, tmp_pa
     assert again[removed] == written[removed] and again[kept] != written[kept]
     with pytest.raises(DataError, match="--overwrite"):
         in_process(*command, "--size", "128")
-    in_process(*command, "--overwrite", "--no-crf")
+    in_process(*command, "--overwrite", "--crf", "none")
     assert masks(here / "bpm") == masks(run[0] / "bpm") and masks(here / "pseudo") == again
     in_process(*command, "--overwrite")
     assert masks(here / "pseudo") == written

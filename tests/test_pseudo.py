@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 import make_pseudo
+from conftest import BACKENDS
 from make_pseudo import dense_crf, in_parallel, present_probs, upsample
 
 
@@ -53,9 +54,10 @@ def exact_mean_field(image, probs, iterations, kernels):
     return Q.reshape(C, H, W)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sxy, srgb, compat, agreement, difference", [
     (67, 3, 4, 0.92, 0.055), (10, 13, 10, 0.96, 0.03), (30, 20, 10, 0.98, 0.01)])
-def test_crf_against_the_direct_mean_field(sxy, srgb, compat, agreement, difference):
+def test_crf_against_the_direct_mean_field(sxy, srgb, compat, agreement, difference, backend):
     rng = np.random.default_rng(0)
     image = np.zeros((24, 30, 3))  # ramps, so that every colour distance occurs
     image[..., 0] = np.linspace(20, 235, 30)
@@ -66,7 +68,7 @@ def test_crf_against_the_direct_mean_field(sxy, srgb, compat, agreement, differe
     probs[1, 6:18, 8:24] += 0.5
     probs /= probs.sum(0)
     result = dense_crf(image, probs, bilateral_sxy=sxy, bilateral_srgb=srgb,
-                       bilateral_compat=compat)
+                       bilateral_compat=compat, backend=backend)
     exact = exact_mean_field(image, probs, 10, [(3, 1, None), (compat, sxy, srgb)])
     assert result.shape == probs.shape and result.dtype == np.float32
     np.testing.assert_allclose(result.sum(0), 1, atol=1e-4)
@@ -77,11 +79,16 @@ def test_crf_against_the_direct_mean_field(sxy, srgb, compat, agreement, differe
     assert np.abs(result - exact).mean() < difference
 
 
-def test_crf_with_one_class_and_without_iterations():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_crf_with_one_class_and_without_iterations(backend):
     image = np.zeros((4, 5, 3), np.uint8)
-    assert dense_crf(image, np.ones((1, 4, 5), np.float32)).min() == 1
+    assert dense_crf(image, np.ones((1, 4, 5), np.float32), backend=backend).min() == 1
     probs = np.random.default_rng(0).dirichlet((1, 1), (4, 5)).transpose(2, 0, 1).astype(np.float32)
-    np.testing.assert_allclose(dense_crf(image, probs, iterations=0), probs, atol=1e-4)
+    same = dense_crf(image, probs, iterations=0, backend=backend)
+    np.testing.assert_allclose(same, probs, atol=1e-4)
+    kept = dense_crf(torch.from_numpy(image), torch.from_numpy(probs), backend=backend)
+    assert torch.is_tensor(kept)  # of the kind that probs are
+    np.testing.assert_array_equal(kept, dense_crf(image, probs, backend=backend))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

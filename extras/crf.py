@@ -1,0 +1,138 @@
+"""The dense CRF in plain PyTorch: what pydensecrf computes, on CPU or GPU, nothing to compile.
+
+Mean field in a fully connected CRF (Kraehenbuehl & Koltun 2011) lets every pixel hear every other
+one in each iteration. Those sums are Gaussian filters over the pixels' features, and the
+permutohedral lattice (Adams, Baek & Davis 2010) computes them in linear time: splat every pixel
+onto the d + 1 corners of the simplex around it, blur along the lattice's d + 1 axes, slice back.
+Called by make_pseudo.dense_crf; tests/test_crf.py holds it to pydensecrf's labels on photographs.
+"""
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from data import DataError
+
+
+def enclosing_simplex(features):
+    """The lattice simplex around each point (Adams et al., Sec. 3.1): features (d, N) float32.
+
+    Returns its corner 0 (d + 1, N), a multiple of d + 1 in every coordinate; the rank of every
+    coordinate (d + 1, N), which tells the other corners; the corners' weights (d + 1, N).
+    """
+    d, N = features.shape
+    elevated = features.new_zeros(d + 1, N)  # onto the plane of d + 1 coordinates that sum to 0
+    for j in range(d, 0, -1):  # pydensecrf's order of sums: whole pixels lie on ties
+        scaled = features[j - 1] * ((d + 1) * math.sqrt(2 / 3) / math.sqrt(j * (j + 1)))
+        elevated[j] = elevated[0] - j * scaled
+        elevated[0] += scaled
+    corner = (elevated / (d + 1)).round() * (d + 1)
+    offset = elevated - corner
+    rank = torch.zeros_like(offset, dtype=torch.int64)  # 0 for the largest offset
+    for i in range(d + 1):
+        for j in range(i + 1, d + 1):
+            smaller = offset[i] < offset[j]
+            rank[i] += smaller
+            rank[j] += ~smaller
+    rank += (corner.sum(0) / (d + 1)).round().long()  # off the plane: step back along the ranks
+    wrapped = (rank < 0).long() - (rank > d).long()
+    rank += (d + 1) * wrapped
+    corner += (d + 1) * wrapped
+    offset = (elevated - corner) / (d + 1)
+    rising = torch.empty_like(offset).scatter_(0, rank, offset).flip(0)  # from rank d to rank 0
+    weights = rising - rising.roll(1, dims=0)
+    weights[0] += 1
+    return corner.long(), rank, weights
+
+
+class GaussianFilter:
+    """Sums over N points, each weighted by exp(-|f_i - f_j|^2 / 2), with symmetric normalisation.
+
+    features (d, N) are in units of their standard deviations. Called with values (N, C) float32.
+    """
+
+    def __init__(self, features):
+        d, N = features.shape
+        device = features.device
+        corner, rank, weights = enclosing_simplex(features)
+
+        # a corner's first d coordinates (they sum to zero) as the digits of one int64 key
+        corner, rank = corner[:d], rank[:d]
+        low = corner.amin(1, keepdim=True) - 2 * (d + 1)  # the margin is for the neighbours
+        extent = (corner.amax(1, keepdim=True) + 2 * (d + 1) - low).flatten().tolist()
+        strides = [math.prod(extent[:i]) for i in range(d + 1)]
+        if strides.pop() >= 2 ** 63:
+            raise DataError("--crf-sxy or --crf-srgb is too small for this image: its lattice has "
+                            "more corners than 64 bits can number")
+        digits = torch.tensor(strides, device=device)[:, None]
+        corner_0 = ((corner - low) * digits).sum(0)
+        keys = torch.stack([corner_0 + k * sum(strides)
+                            - (d + 1) * ((rank > d - k) * digits).sum(0) for k in range(d + 1)])
+
+        # splat: every vertex is a weighted sum of pixels; slice: every pixel one of d + 1 vertices
+        ordered, order = keys.flatten().sort(stable=True)
+        vertices, vertex_of, counts = torch.unique_consecutive(ordered, return_inverse=True,
+                                                               return_counts=True)
+        M = len(vertices)
+        self.pixels, self.starts = (order % N).int(), (counts.cumsum(0) - counts).int()
+        self.splat_weights = weights.flatten()[order]
+        self.corners = torch.empty_like(vertex_of, dtype=torch.int32)
+        self.corners[order] = vertex_of.int()
+        self.corners = self.corners.view(d + 1, N).T.contiguous()
+        self.slice_weights = weights.T.contiguous() / (1 + 2 ** -d)
+
+        # blur: a vertex's two neighbours along each axis; M, a row of zeros, where there is none
+        self.neighbours = []
+        for axis in range(d + 1):
+            wanted = vertices - sum(strides) + ((d + 1) * strides[axis] if axis < d else 0)
+            found = torch.searchsorted(vertices, wanted).clamp(max=M - 1)
+            ahead = torch.where(vertices[found] == wanted, found, M)
+            behind = torch.full((M + 1,), M, device=device)
+            behind[ahead] = torch.arange(M, device=device)
+            self.neighbours.append((ahead.int(), behind[:M].int()))
+
+        self.scale = 1.0
+        self.scale = (self(torch.ones(N, 1, device=device)) + 1e-20).rsqrt()  # (N, 1)
+
+    def __call__(self, values):
+        M = len(self.starts)
+        lattice = values.new_zeros(M + 1, values.shape[1])
+        # sums of sorted rows: index_add is 3 to 4 times slower on a CPU, and of random order on CUDA
+        lattice[:M] = F.embedding_bag(self.pixels, self.scale * values, self.starts, mode="sum",
+                                      per_sample_weights=self.splat_weights)
+        for ahead, behind in self.neighbours:
+            both = lattice.index_select(0, ahead).add_(lattice.index_select(0, behind))
+            lattice[:M] += both.mul_(0.5)
+        return self.scale * F.embedding_bag(self.corners, lattice, mode="sum",
+                                            per_sample_weights=self.slice_weights)
+
+
+def positions(height, width, device):
+    """(2, height * width) float32: x and y of every pixel, row by row."""
+    y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device),
+                          indexing="ij")
+    return torch.stack([x, y]).flatten(1).float()
+
+
+@lru_cache(maxsize=4)
+def spatial_filter(height, width, sxy, device):
+    """The filter over positions alone, which images of one size share."""
+    return GaussianFilter(positions(height, width, device) / sxy)
+
+
+@torch.no_grad()
+def mean_field(image, unary, *, iterations, gaussian_sxy, gaussian_compat, bilateral_sxy,
+               bilateral_srgb, bilateral_compat):
+    """image (H, W, 3) uint8, unary (C, H, W) float32 = -log p -> Q (C, H, W), all on one device."""
+    C, H, W = unary.shape
+    colours = image.permute(2, 0, 1).flatten(1).float()
+    places = positions(H, W, unary.device)
+    bilateral = GaussianFilter(torch.cat([places / bilateral_sxy, colours / bilateral_srgb]))
+    gaussian = spatial_filter(H, W, gaussian_sxy, unary.device)
+    log_p = -unary.flatten(1).T.contiguous()  # (N, C)
+    Q = log_p.softmax(dim=1)
+    for _ in range(iterations):  # Potts: what others say for a class speaks for it
+        heard = gaussian_compat * gaussian(Q) + bilateral_compat * bilateral(Q)
+        Q = (log_p + heard).softmax(dim=1)
+    return Q.T.reshape(C, H, W)
