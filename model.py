@@ -5,6 +5,7 @@ Read CPFCTE.forward first: it is the paper's Fig. 2 from left to right, Eq. (1) 
 """
 import logging
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -61,6 +62,14 @@ def create_backbone(name, pretrained, weights=None, **kwargs):
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise DataError(f"no weights for {name} from {weights or 'the hub'} ({reason}): pass "
                         "--weights FILE with a local copy, or --no-pretrained for random ones")
+
+
+def compiled(function):
+    """torch.compile it for training, where sizes are fixed; without gradients it runs as it is."""
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        raise DataError("--compile needs a C++ compiler: install g++, or leave the flag out")
+    fast = torch.compile(function, dynamic=False)
+    return lambda images: (fast if torch.is_grad_enabled() else function)(images)
 
 
 class Normalise(nn.Module):
@@ -216,6 +225,10 @@ class CPFCTE(nn.Module):
         appended = self.class_tokens if self.config.class_tokens == "append" else None
         return self.context(tokens, appended)
 
+    def compile_backbone(self):
+        """torch.compile the ViT; the CF-BiLSTM stays cuDNN's (or oneDNN's), which fuses its steps."""
+        self.backbone.forward_features = compiled(self.backbone.forward_features)
+
     def train_last(self, blocks):
         """Let the head, the last `blocks` transformer blocks and the final norm learn.
 
@@ -267,6 +280,7 @@ class DeepLabv2(nn.Module):
         for conv in self.aspp:
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)
+        self.to(memory_format=torch.channels_last)  # what convolutions are fastest in
 
     def forward(self, images):
         """(B, 3, H, W) in [0, 1] -> the logits of each scale, then their maximum."""
@@ -282,6 +296,10 @@ class DeepLabv2(nn.Module):
         """One scale: (B, 3, H, W) -> (B, C, H/8, W/8) float32."""
         features = self.backbone(self.normalise(images))[-1]
         return sum(conv(features) for conv in self.aspp).float()
+
+    def compile_backbone(self):
+        """torch.compile the CNN, once for each input scale."""
+        self.backbone.forward = compiled(self.backbone.forward)
 
     def freeze_batch_norm(self):
         """Keep the ImageNet statistics and scales of every batch norm; call after each train()."""

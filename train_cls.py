@@ -3,8 +3,10 @@
 Run:    python train_cls.py --data data/toy --run runs/toy
         torchrun --nproc-per-node=2 -- train_cls.py --data data/VOC2012 --run runs/voc
 Reads:  JPEGImages/, image_labels.txt, classes.txt and the splits; never a mask
-Writes: RUN/cls.pt after every epoch (weights, config, classes, arguments, optimiser), RUN/log.jsonl
+Writes: RUN/cls.pt after every epoch (weights, config, classes, arguments, optimiser), RUN/log.jsonl;
+        with --cache DATA/cache/SPLIT-SIZE-*.npy, the decoded images
 """
+import hashlib
 import math
 import time
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 from tqdm import tqdm
 
 import data
@@ -24,7 +26,8 @@ from model import (CPFCTE, ClassifierConfig, classification_loss, join_processes
                    pool_patches, save_checkpoint)
 
 STAGE = "train_cls"
-COLOUR_JITTER = v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3)
+JITTER = 0.3  # brightness, contrast and saturation change by up to this share
+READ_EVERY = 20  # steps between two looks at the loss: each look waits for the GPU
 
 
 def parse_args(argv=None):
@@ -45,6 +48,8 @@ def parse_args(argv=None):
     add("--top-k", type=data.positive, default=6,
         help="K in Eq. (8): 1 is max pooling, all patches is average pooling")
     add("--dropout", type=float, default=0.2, help="before the BiLSTM and before the classifier")
+    add("--cache", action="store_true", help="decode and resize every image only once, into one "
+        "file in DATA/cache (VOC at 384: 4.7 GB) that all runs share; the results are the same")
     add("--augment", nargs="*", choices=("flip", "jitter", "vflip", "transpose"),
         default=["flip", "jitter"], help="the last two are ViT-PCM's, off in this repository")
     add("--epochs", type=data.positive, help="passes over the training images")
@@ -60,11 +65,10 @@ def parse_args(argv=None):
 
 
 class LabelledImages(Dataset):
-    """(index, draw) -> image (3, S, S) uint8, labels (C,), index; draw None: not augmented."""
+    """(index, draw) -> image (3, S, S) uint8, labels (C,), index, draw."""
 
-    def __init__(self, folder, ids, size, seed=0, augment=()):
-        self.folder, self.ids, self.size = folder, ids, size
-        self.seed, self.augment = seed, augment
+    def __init__(self, folder, ids, size):
+        self.folder, self.ids, self.size, self.decoded = folder, ids, size, None
         self.labels = torch.stack([folder.image_labels(i) for i in ids])  # fails early, by name
 
     def __len__(self):
@@ -72,24 +76,67 @@ class LabelledImages(Dataset):
 
     def __getitem__(self, item):
         index, draw = item
-        image = data.read_image(self.folder.image_path(self.ids[index]))
-        image = data.to_tensor(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
-        if draw is not None:
-            torch.manual_seed(self.seed * 1_000_003 + draw)
-            image = augmented(image, self.augment)
-        return image, self.labels[index], index
+        if self.decoded is not None:
+            image = torch.from_numpy(self.decoded[index].copy())
+        else:
+            image = data.read_image(self.folder.image_path(self.ids[index]))
+            image = data.to_tensor(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
+        return image, self.labels[index], index, draw
+
+    def in_order(self, batch_size, workers):
+        """A loader of all images, one after the other."""
+        chunks = torch.arange(len(self)).split(batch_size)
+        return DataLoader(self, num_workers=workers, persistent_workers=workers > 0,
+                          batch_sampler=[[(int(i), 0) for i in chunk] for chunk in chunks])
+
+    def use_cache(self, split, workers, rank, world):
+        """Read the images from ROOT/cache/SPLIT-SIZE-FINGERPRINT.npy, which rank 0 writes if need be.
+
+        The fingerprint is of the ids and of the files' sizes in bytes: other images, another file.
+        """
+        paths = [self.folder.image_path(i) for i in self.ids]
+        facts = [(i, path.stat().st_size if path.is_file() else 0)
+                 for i, path in zip(self.ids, paths)]
+        fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
+        path = self.folder.root / "cache" / f"{split}-{self.size}-{fingerprint}.npy"
+        if rank == 0 and not path.is_file():
+            for outdated in path.parent.glob(f"{split}-{self.size}-*.npy"):
+                outdated.unlink()
+            header = dict(descr="|u1", fortran_order=False,
+                          shape=(len(self), 3, self.size, self.size))
+            with data.atomic(path) as temporary, open(temporary, "wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for images, *_ in tqdm(self.in_order(16, workers), desc=f"cache {split}",
+                                       disable=None):
+                    file.write(images.numpy())
+        if world > 1:
+            dist.barrier()
+        self.decoded = np.load(path, mmap_mode="r")
 
 
-def augmented(image, names):
-    """(3, S, S) uint8 -> the same, changed at random in the named ways."""
-    if "flip" in names and torch.rand(()) < 0.5:
-        image = image.flip(2)
-    if "vflip" in names and torch.rand(()) < 0.5:
-        image = image.flip(1)
-    if "transpose" in names and torch.rand(()) < 0.5:
-        image = image.transpose(1, 2)
-    # not in the paper; the strength is ours
-    return COLOUR_JITTER(image) if "jitter" in names else image
+def augment(images, seed, draws, names):
+    """(B, 3, S, S) in [0, 1] -> the same, each changed in the named ways as its draw alone says."""
+    chances = torch.stack([torch.rand(6, generator=torch.Generator().manual_seed(
+        seed * 1_000_003 + draw)) for draw in draws.tolist()]).to(images.device)
+    flip, vflip, transpose, *factors = chances.T.reshape(6, -1, 1, 1, 1)
+    if "flip" in names:
+        images = torch.where(flip < 0.5, images.flip(3), images)
+    if "vflip" in names:
+        images = torch.where(vflip < 0.5, images.flip(2), images)
+    if "transpose" in names:
+        images = torch.where(transpose < 0.5, images.transpose(2, 3), images)
+    if "jitter" in names:  # not in the paper; the strength is ours
+        images = jitter(images, *(1 + JITTER * (2 * factor - 1) for factor in factors))
+    return images
+
+
+def jitter(images, brightness, contrast, saturation):
+    """torchvision's three adjustments in this order, with a factor (B, 1, 1, 1) for each image."""
+    images = (images * brightness).clamp(0, 1)
+    mean = rgb_to_grayscale(images).mean(dim=(1, 2, 3), keepdim=True)
+    images = (mean + contrast * (images - mean)).clamp(0, 1)
+    grey = rgb_to_grayscale(images)
+    return (grey + saturation * (images - grey)).clamp(0, 1)
 
 
 def learning_rate(args, step, steps_per_epoch):
@@ -120,19 +167,25 @@ def multi_label_scores(scores, labels):
 
 
 @torch.no_grad()
-def validate(model, dataset, args, device):
-    """(F1, mAP) of the image scores against the image labels of the data set."""
-    chunks = torch.arange(len(dataset)).split(args.batch_size)
-    loader = DataLoader(dataset, num_workers=args.workers,
-                        batch_sampler=[[(int(i), None) for i in chunk] for chunk in chunks])
+def validate(model, loader, args, device):
+    """(F1, mAP) of the image scores against the image labels of a loader's data set."""
     model.eval()
     scores = []
-    for images, _, _ in loader:
+    for images, *_ in loader:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             patch_probs = model(images.to(device) / 255)
         scores.append(pool_patches(patch_probs, args.pool, args.top_k).cpu())
     model.train()
-    return multi_label_scores(torch.cat(scores).numpy(), dataset.labels.numpy())
+    return multi_label_scores(torch.cat(scores).numpy(), loader.dataset.labels.numpy())
+
+
+def read_losses(recent, where, way_out):
+    """The losses of [(tensor, samples)] as numbers; refuses one that is not finite, with its samples."""
+    losses = torch.stack([loss for loss, _ in recent]).tolist()
+    for loss, (_, samples) in zip(losses, recent):
+        if not math.isfinite(loss):
+            raise DataError(f"the loss is {loss} {where}, images {', '.join(samples)}: {way_out}")
+    return losses
 
 
 def plain(args):
@@ -146,8 +199,8 @@ def check_resume(checkpoint, args, path, **facts):
         if checkpoint[name] != value:
             raise DataError(f"{path} was made with other {name}: choose another --run, or "
                             "--overwrite")
-    free = {"data", "run", "preset", "workers", "amp", "weights", "pretrained", "resume",
-            "overwrite"}
+    free = {"data", "run", "preset", "workers", "amp", "compile", "cache", "weights",
+            "pretrained", "resume", "overwrite"}
     for name, old in checkpoint["args"].items():
         if name not in free and plain(args).get(name) != old:
             raise DataError(f"{path} was made with --{name.replace('_', '-')} {old}, now it is "
@@ -164,10 +217,16 @@ def main(args):
     # --- data ---
     folder = Folder(args.data)
     ids = folder.ids(args.train_split)
-    dataset = LabelledImages(folder, ids, args.size, args.seed, args.augment)
+    splits = {name: LabelledImages(folder, folder.ids(name), args.size)
+              for name in (args.train_split, args.val_split) if name != "none"}
+    if args.cache:
+        for name, dataset in splits.items():
+            dataset.use_cache(name, args.workers, rank, world)
+    val_loader = None
+    if args.val_split != "none" and rank == 0:
+        val_loader = splits[args.val_split].in_order(args.batch_size, args.workers)
     steps_per_epoch = len(ids) // args.batch_size
     last_step = args.epochs * steps_per_epoch
-    val = args.val_split != "none" and LabelledImages(folder, folder.ids(args.val_split), args.size)
 
     # --- model ---
     torch.manual_seed(args.seed)
@@ -175,6 +234,8 @@ def main(args):
                               args.dropout)
     pretrained, weights = (False, None) if checkpoint else (args.pretrained, args.weights)
     model = CPFCTE(config, pretrained, weights).to(device)
+    if args.compile:
+        model.compile_backbone()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     step = 0
     if checkpoint:
@@ -186,12 +247,12 @@ def main(args):
             print(f"{STAGE}  {path} is complete: {args.epochs} epochs")
 
     # --- train ---
-    loader = DataLoader(dataset, num_workers=args.workers, pin_memory=device.type == "cuda",
+    loader = DataLoader(splits[args.train_split], num_workers=args.workers, pin_memory=device.type == "cuda",
                         batch_sampler=data.batches(len(ids), args.batch_size, args.seed, step,
                                                    last_step, rank, world))
     progress = tqdm(loader, initial=step, total=last_step, disable=None if rank == 0 else True)
-    losses, began, network = [], time.time(), None
-    for images, labels, indices in progress:
+    losses, recent, began, network = [], [], time.time(), None
+    for images, labels, indices, draws in progress:
         epoch = step // steps_per_epoch
         if network is None or step == args.frozen_epochs * steps_per_epoch:
             model.train_last(0 if epoch < args.frozen_epochs else args.train_blocks)
@@ -199,20 +260,23 @@ def main(args):
             network.train()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step, steps_per_epoch)
+        images = images.to(device, non_blocking=True) / 255
+        images = augment(images, args.seed, draws, args.augment)
         torch.manual_seed(args.seed * 1_000_003 + step * world + rank)  # dropout: step's alone
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            patch_probs = network(images.to(device, non_blocking=True) / 255)
+            patch_probs = network(images)
         scores = pool_patches(patch_probs, args.pool, args.top_k)
-        loss = classification_loss(scores, labels.to(device))
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            names = ", ".join(ids[i] for i in indices)
-            raise DataError(f"the loss is {losses[-1]} in epoch {epoch + 1}, images {names}: "
-                            f"lower --lr; {path} keeps the last whole epoch")
+        loss = classification_loss(scores, labels.to(device, non_blocking=True))
+        recent.append((loss.detach(), [ids[i] for i in indices]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         step += 1
+        if step % READ_EVERY and step % steps_per_epoch:
+            continue
+        losses += read_losses(recent, f"in epoch {epoch + 1}",
+                              f"lower --lr; {path} keeps the last whole epoch")
+        recent.clear()
         speed = len(losses) * args.batch_size / (time.time() - began)
         lr = optimizer.param_groups[0]["lr"]
         progress.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{lr:.1e}", images_s=f"{speed:.0f}")
@@ -224,7 +288,8 @@ def main(args):
         if world > 1:
             dist.all_reduce(mean_loss)
         if rank == 0:
-            f1, mean_ap = validate(model, val, args, device) if val else (None, None)
+            f1, mean_ap = (validate(model, val_loader, args, device) if val_loader
+                           else (None, None))
             save_checkpoint(path, "cls", model, classes=folder.classes, ids=ids,
                             epoch=epoch + 1, args=plain(args), optimizer=optimizer.state_dict())
             data.log(args.run, STAGE, epoch=epoch + 1, of=args.epochs, loss=float(mean_loss),

@@ -8,7 +8,6 @@ The recipe is that of the public PyTorch DeepLabv2 which the field uses; the wei
 are ImageNet classification's: a COCO-pretrained start would have seen pixel masks.
 """
 import argparse
-import math
 import time
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import data
 from data import IGNORE, DataError, Folder
 from evaluate import predict, predict_logits
 from model import DeepLabv2, SegmenterConfig, join_processes, load_checkpoint, save_checkpoint
-from train_cls import check_resume, plain
+from train_cls import READ_EVERY, check_resume, plain, read_losses
 
 STAGE = "train_seg"
 MOMENTUM, WEIGHT_DECAY, POLY_POWER = 0.9, 5e-4, 0.9
@@ -55,7 +54,7 @@ def parse_args(argv=None):
 
 
 class MaskedImages(Dataset):
-    """(index, draw) -> image (3, S, S) uint8 and mask (S, S) int64, scaled, flipped and cropped."""
+    """(index, draw) -> image (3, S, S) uint8, mask (S, S) int64, both cut out at random, index."""
 
     def __init__(self, folder, ids, masks, crop, rescale, seed, fill):
         self.folder, self.ids, self.masks = folder, ids, masks
@@ -85,7 +84,9 @@ class MaskedImages(Dataset):
         target = Image.new("L", (self.crop, self.crop), IGNORE)
         target.paste(mask, (-left, -top))
         pixels, labels = data.to_tensor(canvas), torch.from_numpy(np.array(target, dtype=np.int64))
-        return (pixels.flip(2), labels.flip(1)) if rng.random() < 0.5 else (pixels, labels)
+        if rng.random() < 0.5:
+            pixels, labels = pixels.flip(2), labels.flip(1)
+        return pixels, labels, index
 
 
 def parameter_groups(model, lr, aspp_lr):
@@ -161,9 +162,11 @@ def main(args):
     config = SegmenterConfig(len(folder.classes), args.backbone, scales=tuple(args.scales))
     pretrained, weights = (False, None) if checkpoint else (args.pretrained, args.weights)
     model = DeepLabv2(config, pretrained, weights).to(device)
+    if args.compile:
+        model.compile_backbone()
     set_train(model, args.freeze_bn)
     optimizer = torch.optim.SGD(parameter_groups(model, args.lr, args.aspp_lr), lr=args.lr,
-                                momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+                                momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
     step = 0
     if checkpoint:
         check_resume(checkpoint, args, path, **facts)
@@ -185,25 +188,28 @@ def main(args):
     data.write_lines(args.run / "preset.txt", [args.preset])  # for evaluate.py --image
     progress = tqdm(loader, initial=step, total=args.iterations,
                     disable=None if rank == 0 else True)
-    losses, began = [], time.time()
-    for images, masks in progress:
+    losses, recent, began = [], [], time.time()
+    for images, masks, indices in progress:
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * poly(step, args.iterations)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             outputs = network(images.to(device, non_blocking=True) / 255)
         loss = multi_scale_loss(outputs, masks.to(device, non_blocking=True), world)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise DataError(f"the loss is {losses[-1]} at iteration {step}: lower --lr; "
-                            f"{path} keeps the last save")
+        recent.append((loss.detach(), [ids[i] for i in indices]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         step += 1
+        saves = step % args.save_every == 0 or step == args.iterations
+        if step % READ_EVERY and not saves:
+            continue
+        losses += read_losses(recent, f"up to iteration {step}",
+                              f"lower --lr; {path} keeps the last save")
+        recent.clear()
         speed = len(losses) * args.batch_size / (time.time() - began)
         lr = optimizer.param_groups[0]["lr"]
         progress.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{lr:.1e}", images_s=f"{speed:.0f}")
-        if step % args.save_every and step != args.iterations:
+        if not saves:
             continue
 
         # --- save, score, log ---

@@ -274,11 +274,33 @@ def test_masks_are_skipped_not_mixed_and_overwritten_on_request(run, toy, tmp_pa
     assert masks(here / "pseudo") == written
 
 
-# --- several ranks -----------------------------------------------------------------------------
+# --- faster, and the same numbers ---------------------------------------------------------------
 
 def losses(run):
     return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
 
+
+def test_a_cached_run_learns_the_same_weights(run, toy_copy, tmp_path):
+    for name in ("first", "second"):  # the second one finds the cache
+        in_process(train_cls, "--data", toy_copy, "--run", tmp_path / name, *CLS, "--cache")
+        assert_same_weights(tmp_path / name / "cls.pt", run[0] / "cls.pt")
+    assert len(list((toy_copy / "cache").glob("*.npy"))) == 2  # of train and of val
+
+
+def test_a_compiled_run_and_one_in_bfloat16_learn_the_same(toy, tmp_path):
+    settings = ("--data", toy, "--batch-size", "4", "--epochs", "1", "--frozen-epochs", "0")
+    flags = {"plain": (), "compiled": ("--compile",), "half": ("--amp",)}
+    for name, flag in flags.items():
+        in_process(train_cls, *settings, "--run", tmp_path / name, *flag)
+    plain, compiled, half = (losses(tmp_path / name) for name in flags)
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    assert half == pytest.approx(plain, rel=2e-2) and half != plain
+    fast, slow = (weights(tmp_path / name / "cls.pt") for name in ("compiled", "plain"))
+    for key, value in slow.items():
+        torch.testing.assert_close(fast[key], value, atol=1e-3, rtol=1e-2)
+
+
+# --- several ranks -----------------------------------------------------------------------------
 
 def test_two_ranks_train_the_classifier_as_one_process_does(toy, tmp_path, script):
     settings = ("--data", toy, *CLS, "--dropout", "0", "--frozen-epochs", "1")
@@ -300,16 +322,22 @@ def test_two_ranks_train_the_segmenter_as_one_process_does(run, toy, tmp_path, s
 
 
 def test_two_ranks_write_the_masks_of_one_process(run, toy, tmp_path, script):
-    (tmp_path / "two").mkdir()
-    shutil.copy(run[0] / "cls.pt", tmp_path / "two")
-    script(*TORCHRUN, "make_pseudo.py", "--data", toy, "--run", tmp_path / "two",
-           env={"OMP_NUM_THREADS": "1"})
-    assert masks(tmp_path / "two/pseudo").keys() == masks(run[0] / "pseudo").keys()
+    flags = ("make_pseudo.py", "--data", toy, "--batch-size", "1")  # else other batches, other sums
+    for name, launcher in (("one", ()), ("two", TORCHRUN)):
+        (tmp_path / name).mkdir()
+        shutil.copy(run[0] / "cls.pt", tmp_path / name)
+        script(*launcher, *flags, "--run", tmp_path / name, env={"OMP_NUM_THREADS": "1"})
     for out in ("bpm", "pseudo"):
-        pairs = [(tmp_path / "two" / out / name, run[0] / out / name)
-                 for name in masks(run[0] / out)]
-        differ = [np.mean(np.array(Image.open(a)) != np.array(Image.open(b))) for a, b in pairs]
-        assert np.mean(differ) < 1e-3  # other batches, other rounding
+        assert masks(tmp_path / "two" / out) == masks(tmp_path / "one" / out)
+
+
+def test_a_rank_that_dies_ends_the_job_with_its_message(toy_copy, tmp_path, script):
+    ids = (toy_copy / "ImageSets/Segmentation/train.txt").read_text().split()
+    (toy_copy / "JPEGImages" / f"{ids[7]}.jpg").write_bytes(b"no image")
+    code, output = script(*TORCHRUN, "train_cls.py", "--data", toy_copy, "--run", tmp_path / "run",
+                          *CLS, env={"OMP_NUM_THREADS": "1"}, check=False, timeout=90)
+    told = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert code != 0 and len(told) == 1 and f"{ids[7]}.jpg cannot be read" in told[0], output
 
 
 # --- bad input ---------------------------------------------------------------------------------

@@ -308,3 +308,42 @@ def test_checkpoints_describe_themselves_and_name_what_is_wrong(tmp_path):
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(DataError, match="not a readable checkpoint"):
         M.load_checkpoint(path, "cls")
+
+
+def test_a_compiled_cnn_gives_the_same_logits_and_gradients():
+    torch.manual_seed(0)
+    model = DeepLabv2(SegmenterConfig(4, "resnet_toy", scales=(1.0,)))
+    images = torch.rand(2, 3, 64, 64)
+    def results():
+        model.zero_grad()
+        logits = model(images)[-1]
+        logits.square().sum().backward()
+        return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
+    plain = results()
+    names = list(model.state_dict())
+    model.compile_backbone()
+    compiled = results()
+    assert list(model.state_dict()) == names
+    for a, b in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * a.abs().max().item())
+    with torch.no_grad():  # other sizes run as they are
+        assert model(torch.rand(1, 3, 40, 56))[-1].shape == (1, 4, 5, 7)
+
+
+def test_channels_last_changes_nothing_but_the_layout():
+    torch.manual_seed(0)
+    model = DeepLabv2(SegmenterConfig(4, "resnet_toy")).eval()
+    weight = model.aspp[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    images = torch.rand(2, 3, 64, 80)
+    with torch.no_grad():
+        fast = model(images)[-1]
+        slow = model.to(memory_format=torch.contiguous_format)(images)[-1]
+    assert model.aspp[0].weight.is_contiguous()
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+
+
+def test_compile_without_a_compiler_names_the_way_out(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(DataError, match="leave the flag out"):
+        CPFCTE(ClassifierConfig(4, "vit_toy")).compile_backbone()

@@ -1,17 +1,19 @@
 """The pieces of the training scripts: schedules, parameter groups, losses, augmentation."""
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms.v2 import functional
 
 import data
 import train_cls
 import train_seg
 from data import DataError, Folder
-from model import DeepLabv2, SegmenterConfig
+from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig
 
 
 # --- stage 1 -----------------------------------------------------------------------------------
@@ -39,26 +41,83 @@ def test_multi_label_scores_by_hand():
     assert f1 == pytest.approx(1 / 2) and mean_ap == pytest.approx((1 / 1 + 2 / 3) / 2)
 
 
-def test_augmentation_is_a_function_of_the_draw_alone(toy):
-    folder = Folder(toy)
-    dataset = train_cls.LabelledImages(folder, folder.ids("train"), 96, 0, ["flip", "jitter"])
-    first = [dataset[(0, draw)][0] for draw in range(8)]
+def test_augmentation_is_a_function_of_the_draw_alone():
+    images, draws = torch.rand(1, 3, 9, 9).expand(8, -1, -1, -1), torch.arange(8)
+    names = ["flip", "vflip", "transpose", "jitter"]
+    together = train_cls.augment(images, 5, draws, names)
     torch.rand(3)
-    assert all(torch.equal(a, dataset[(0, draw)][0]) for draw, a in enumerate(first))
-    assert len({a.numpy().tobytes() for a in first}) == 8
-    plain = data.to_tensor(data.read_image(folder.image_path(dataset.ids[0])))
-    assert torch.equal(dataset[(0, None)][0], plain)
+    for row, draw in enumerate(draws):
+        torch.testing.assert_close(train_cls.augment(images[:1], 5, draw[None], names)[0],
+                                   together[row])
+    assert len({image.numpy().tobytes() for image in together}) == 8
+    assert not torch.equal(train_cls.augment(images, 6, draws, names), together)
+    assert torch.equal(train_cls.augment(images, 5, draws, []), images)
 
 
 def test_each_augmentation_does_what_its_name_says():
-    torch.manual_seed(0)
-    image = torch.arange(27, dtype=torch.uint8).view(3, 3, 3)
+    image = torch.arange(27.0).view(3, 3, 3) / 27
+    images, draws = image.expand(20, -1, -1, -1), torch.arange(20)
     for name, changed in (("flip", image.flip(2)), ("vflip", image.flip(1)),
                           ("transpose", image.transpose(1, 2))):
-        results = [train_cls.augmented(image, [name]) for _ in range(20)]
+        results = train_cls.augment(images, 0, draws, [name])
         assert all(torch.equal(r, image) or torch.equal(r, changed) for r in results)
         assert 0 < sum(torch.equal(r, changed) for r in results) < 20
-    assert torch.equal(train_cls.augmented(image, []), image)
+
+
+def test_jitter_is_torchvisions_with_a_factor_for_each_image():
+    torch.manual_seed(0)
+    images, factors = torch.rand(6, 3, 12, 10), 1 + 0.6 * (torch.rand(3, 6) - 0.5)
+    results = train_cls.jitter(images, *factors.view(3, 6, 1, 1, 1))
+    for image, result, (brightness, contrast, saturation) in zip(images, results, factors.T.tolist()):
+        expected = functional.adjust_brightness(image, brightness)
+        expected = functional.adjust_contrast(expected, contrast)
+        torch.testing.assert_close(result, functional.adjust_saturation(expected, saturation))
+    changed = train_cls.augment(images, 0, torch.arange(6), ["jitter"])
+    assert 0.02 < (changed - images).abs().mean() < 0.2
+
+
+# --- stage 1, faster: the same numbers ----------------------------------------------------------
+
+def test_the_cache_holds_what_is_decoded_and_notices_other_images(toy_copy):
+    folder = Folder(toy_copy)
+    ids = folder.ids("val")
+    def cached(ids, size=48):
+        dataset = train_cls.LabelledImages(folder, ids, size)
+        dataset.use_cache("val", 0, 0, 1)
+        return dataset
+    plain, fast = train_cls.LabelledImages(folder, ids, 48), cached(ids)
+    for index in range(len(ids)):
+        for a, b in zip(plain[(index, 7)], fast[(index, 7)]):
+            assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    path = Path(fast.decoded.filename)
+    written = path.stat().st_mtime_ns
+    cached(ids)
+    assert path.stat().st_mtime_ns == written  # once
+    cached(ids, 32)
+    assert len(list(path.parent.glob("*.npy"))) == 2
+    assert Path(cached(ids[::-1]).decoded.filename) != path and not path.exists()
+    victim = folder.image_path(ids[0])
+    Image.new("RGB", (96, 96)).save(victim)
+    assert cached(ids).decoded[0].max() == 0
+    victim.write_bytes(b"no image")
+    before = sorted(path.parent.iterdir())
+    with pytest.raises(DataError, match=victim.name):
+        cached(ids, 64)
+    assert sorted(path.parent.iterdir()) == before  # nothing half written
+
+
+def test_nothing_is_kept_for_a_frozen_backbone():
+    torch.manual_seed(0)
+    model = CPFCTE(ClassifierConfig(4, "vit_toy"))
+    def kept(blocks):
+        model.train_last(blocks)
+        total, pack = [0], lambda tensor: (total.__setitem__(0, total[0] + tensor.numel()), tensor)[1]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            tokens = model.patch_tokens(torch.rand(2, 3, 96, 96))
+        return total[0], tokens.requires_grad
+    activations = {blocks: kept(blocks) for blocks in (0, 1, 2, 4)}
+    assert activations[0] == (0, False)
+    assert 0 < activations[1][0] < activations[2][0] < activations[4][0]
 
 
 # --- stage 3 -----------------------------------------------------------------------------------
@@ -100,7 +159,7 @@ def test_crops_keep_image_and_mask_together_and_fill_with_ignore(tmp_path):
     dataset = train_seg.MaskedImages(Folder(tmp_path), ["a"], tmp_path / "masks", **recipe)
     sides = set()
     for draw in range(30):
-        image, mask = dataset[(0, draw)]
+        image, mask, _ = dataset[(0, draw)]
         assert image.shape == (3, 48, 48) and mask.shape == (48, 48)
         assert ((image[0] == 128) == (mask == 255)).float().mean() > 0.98
         inside = mask != 255
