@@ -141,8 +141,8 @@ def training_parser(doc):
     add("--pretrained", action=argparse.BooleanOptionalAction, default=True,
         help="start from the backbone's ImageNet weights, not from random ones")
     add("--seed", type=int, default=0, help="of the weights, the order and the augmentation")
-    add("--compile", action="store_true", help="torch.compile the backbone in training: pays in "
-        "long runs (it needs a C++ compiler, and about a minute to begin with)")
+    add("--compile", action="store_true", help="torch.compile the backbone in training: meant for "
+        "GPUs and long runs (it needs a C++ compiler, and a minute to begin with)")
     add("--resume", action="store_true",
         help="go on from RUN's checkpoint exactly as if never interrupted")
     add("--overwrite", action="store_true", help="replace RUN's checkpoint if there is one")

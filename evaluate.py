@@ -97,8 +97,16 @@ def predict(logits, image, crf=None):
     return present[dense_crf(image, probs, **crf).argmax(0)].byte().cpu().numpy()
 
 
-def prediction(logits, image, crf):
-    """The one mask of an image as write_all takes it."""
+def prediction_jobs(model, folder, ids, args, device, out, crf):
+    """Run the network over the images and yield (arguments of masks_of, paths) of each."""
+    loader = DataLoader(Images(folder, ids), batch_size=None, num_workers=args.workers)
+    for index, image in loader:
+        logits = predict_logits(model, image, device, args.amp)
+        yield (logits, image, crf), [out / f"{ids[index]}.png"]
+
+
+def masks_of(logits, image, crf):
+    """[predict(...)]: the masks of an image as write_all takes them."""
     return [predict(logits, image, crf)]
 
 
@@ -286,10 +294,8 @@ def main(args):
     if not note.is_file() or json.loads(note.read_text()) != settings:
         claim(pred, settings, overwrite=True)  # else a killed run goes on where it stopped
     todo = [i for i in ids if not (pred / f"{i}.png").is_file()]
-    loader = DataLoader(Images(folder, todo), batch_size=None, num_workers=args.workers)
-    jobs = (((predict_logits(model, image, device, args.amp), image, crf),
-             [pred / f"{todo[index]}.png"]) for index, image in loader)
-    for _ in tqdm(write_all(prediction, jobs, args.workers, device, crf), total=len(todo),
+    jobs = prediction_jobs(model, folder, todo, args, device, pred, crf)
+    for _ in tqdm(write_all(masks_of, jobs, args.workers, device, crf), total=len(todo),
                   desc=f"predict {args.split}", disable=None):
         pass
 

@@ -226,7 +226,7 @@ class CPFCTE(nn.Module):
         return self.context(tokens, appended)
 
     def compile_backbone(self):
-        """torch.compile the ViT; the CF-BiLSTM stays cuDNN's (or oneDNN's), which fuses its steps."""
+        """torch.compile the ViT; the CF-BiLSTM stays cuDNN's, on a CPU oneDNN's."""
         self.backbone.forward_features = compiled(self.backbone.forward_features)
 
     def train_last(self, blocks):

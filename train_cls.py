@@ -3,8 +3,8 @@
 Run:    python train_cls.py --data data/toy --run runs/toy
         torchrun --nproc-per-node=2 -- train_cls.py --data data/VOC2012 --run runs/voc
 Reads:  JPEGImages/, image_labels.txt, classes.txt and the splits; never a mask
-Writes: RUN/cls.pt after every epoch (weights, config, classes, arguments, optimiser), RUN/log.jsonl;
-        with --cache DATA/cache/SPLIT-SIZE-*.npy, the decoded images
+Writes: RUN/cls.pt after every epoch (weights, config, classes, arguments, optimiser), RUN/log.jsonl
+        DATA/cache/SPLIT-SIZE-*.npy, the decoded images, with --cache
 """
 import hashlib
 import math
@@ -90,9 +90,9 @@ class LabelledImages(Dataset):
                           batch_sampler=[[(int(i), 0) for i in chunk] for chunk in chunks])
 
     def use_cache(self, split, workers, rank, world):
-        """Read the images from ROOT/cache/SPLIT-SIZE-FINGERPRINT.npy, which rank 0 writes if need be.
+        """Read the images from ROOT/cache/SPLIT-SIZE-*.npy, which rank 0 writes if need be.
 
-        The fingerprint is of the ids and of the files' sizes in bytes: other images, another file.
+        The * is a fingerprint of the ids and the files' sizes in bytes: other images, other name.
         """
         paths = [self.folder.image_path(i) for i in self.ids]
         facts = [(i, path.stat().st_size if path.is_file() else 0)
@@ -132,11 +132,10 @@ def augment(images, seed, draws, names):
 
 def jitter(images, brightness, contrast, saturation):
     """torchvision's three adjustments in this order, with a factor (B, 1, 1, 1) for each image."""
-    images = (images * brightness).clamp(0, 1)
+    images = (images * brightness).clamp_(0, 1)
     mean = rgb_to_grayscale(images).mean(dim=(1, 2, 3), keepdim=True)
-    images = (mean + contrast * (images - mean)).clamp(0, 1)
-    grey = rgb_to_grayscale(images)
-    return (grey + saturation * (images - grey)).clamp(0, 1)
+    images = torch.lerp(mean, images, contrast).clamp_(0, 1)
+    return torch.lerp(rgb_to_grayscale(images), images, saturation).clamp_(0, 1)
 
 
 def learning_rate(args, step, steps_per_epoch):
@@ -180,7 +179,7 @@ def validate(model, loader, args, device):
 
 
 def read_losses(recent, where, way_out):
-    """The losses of [(tensor, samples)] as numbers; refuses one that is not finite, with its samples."""
+    """The losses of [(tensor, samples)] as numbers; one that is not finite names its samples."""
     losses = torch.stack([loss for loss, _ in recent]).tolist()
     for loss, (_, samples) in zip(losses, recent):
         if not math.isfinite(loss):
@@ -247,7 +246,8 @@ def main(args):
             print(f"{STAGE}  {path} is complete: {args.epochs} epochs")
 
     # --- train ---
-    loader = DataLoader(splits[args.train_split], num_workers=args.workers, pin_memory=device.type == "cuda",
+    loader = DataLoader(splits[args.train_split], num_workers=args.workers,
+                        pin_memory=device.type == "cuda",
                         batch_sampler=data.batches(len(ids), args.batch_size, args.seed, step,
                                                    last_step, rank, world))
     progress = tqdm(loader, initial=step, total=last_step, disable=None if rank == 0 else True)

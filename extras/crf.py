@@ -98,7 +98,7 @@ class GaussianFilter:
     def __call__(self, values):
         M = len(self.starts)
         lattice = values.new_zeros(M + 1, values.shape[1])
-        # sums of sorted rows: index_add is 3 to 4 times slower on a CPU, and of random order on CUDA
+        # sums of sorted rows: index_add is 2 to 5 times slower on a CPU, of random order on CUDA
         lattice[:M] = F.embedding_bag(self.pixels, self.scale * values, self.starts, mode="sum",
                                       per_sample_weights=self.splat_weights)
         for ahead, behind in self.neighbours:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchmetrics.functional.classification import multiclass_jaccard_index
 
 import data
 from data import DataError, Folder
@@ -37,6 +38,14 @@ def test_miou_by_hand_with_255_on_either_side():
     assert confusion.tolist() == [[1, 1, 0, 0], [0, 2, 0, 1], [0, 0, 0, 0]]
     iou = data.iou_per_class(confusion)
     assert iou[:2].tolist() == [1 / 2, 2 / 4] and np.isnan(iou[2])
+
+
+def test_iou_is_that_of_torchmetrics():
+    truth, guess = torch.randint(0, 5, (2, 40, 50), generator=torch.Generator().manual_seed(0))
+    truth[:4] = 255
+    ours = data.iou_per_class(data.confusion_matrix(guess.numpy(), truth.numpy(), 5))
+    theirs = multiclass_jaccard_index(guess, truth, 5, average="none", ignore_index=255)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
 def test_confusion_matrix_by_loops():

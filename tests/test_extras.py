@@ -181,3 +181,23 @@ def test_bound_by_hand(tmp_path, capsys):
     labels = 100 * (12 / 18 + 18 / 24) / 2
     # background in the six columns: 1 1 2/3 1/3 0 0 by labels, 2/3 2/3 4/9 2/9 0 0 by shares
     assert f"labels {labels:5.1f}   shares 100.0" in capsys.readouterr().out
+
+
+# --- extras/bench.py ---------------------------------------------------------------------------
+
+def test_a_quick_benchmark_fills_its_table(script):
+    _, output = script("extras/bench.py", "--quick")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines()
+            if line.startswith("|")][2:]
+    assert all(len(cells) == 5 and float(cells[2]) > 0 for cells in rows)
+    notes = {}
+    for part, setting, _, unit, note in rows:
+        notes.setdefault(part, []).append((setting, unit, note))
+    assert [note for _, _, note in notes["load and augment, usual"]] == ["1.00 x the usual"]
+    assert {"load and augment, ours", "load and augment, ours, --cache", "stage 3 step",
+            "CRF, torch", "stage 4, no CRF", "stage 4, score", "peak memory"} <= set(notes)
+    for context in ("hv", "raster"):
+        assert "of the ceiling" in notes[f"stage 1 step, {context}"][0][2]
+        assert len(notes[f"inference, {context}"]) == 4
+    for part in ("- backbone", "- tokens", "- CF-BiLSTM", "- head"):
+        assert all(float(note.split()[0]) < 100 for _, _, note in notes[part])

@@ -6,7 +6,7 @@ from PIL import Image
 
 import make_pseudo
 from conftest import BACKENDS
-from make_pseudo import dense_crf, in_parallel, present_probs, upsample
+from make_pseudo import dense_crf, in_parallel, masks_of, present_probs, upsample, write_all
 
 
 def test_absent_classes_go_and_each_class_is_divided_by_its_maximum():
@@ -94,3 +94,17 @@ def test_crf_with_one_class_and_without_iterations(backend):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_jobs_in_parallel_keep_their_order(workers):
     assert list(in_parallel(abs, iter(range(-40, 0)), workers)) == list(range(40, 0, -1))
+
+
+def test_masks_are_the_same_wherever_they_are_computed(tmp_path):
+    torch.manual_seed(0)
+    image = torch.randint(0, 256, (20, 30, 3), dtype=torch.uint8)
+    present, maps = present_probs(torch.rand(5, 6, 4), torch.tensor([1.0, 0, 1, 1]))
+    crf = dict(backend="torch", iterations=3)
+    for device in ("cpu", "cuda"):  # the tensors stay on the CPU: it is who computes that differs
+        jobs = [((image, present, maps, crf), [tmp_path / f"{device}-{kind}.png"
+                                               for kind in ("bpm", "pseudo")])]
+        assert len(list(write_all(masks_of, jobs, 2, torch.device(device), crf))) == 1
+    for kind in ("bpm", "pseudo"):
+        masks = [np.array(Image.open(path)) for path in sorted(tmp_path.glob(f"*-{kind}.png"))]
+        assert set(np.unique(masks[0])) == {0, 2, 3} and np.array_equal(*masks)

@@ -68,10 +68,11 @@ def test_jitter_is_torchvisions_with_a_factor_for_each_image():
     torch.manual_seed(0)
     images, factors = torch.rand(6, 3, 12, 10), 1 + 0.6 * (torch.rand(3, 6) - 0.5)
     results = train_cls.jitter(images, *factors.view(3, 6, 1, 1, 1))
-    for image, result, (brightness, contrast, saturation) in zip(images, results, factors.T.tolist()):
-        expected = functional.adjust_brightness(image, brightness)
-        expected = functional.adjust_contrast(expected, contrast)
-        torch.testing.assert_close(result, functional.adjust_saturation(expected, saturation))
+    for image, result, (brightness, contrast, saturation) in zip(images, results, factors.T):
+        expected = functional.adjust_brightness(image, brightness.item())
+        expected = functional.adjust_contrast(expected, contrast.item())
+        expected = functional.adjust_saturation(expected, saturation.item())
+        torch.testing.assert_close(result, expected)
     changed = train_cls.augment(images, 0, torch.arange(6), ["jitter"])
     assert 0.02 < (changed - images).abs().mean() < 0.2
 
@@ -111,10 +112,13 @@ def test_nothing_is_kept_for_a_frozen_backbone():
     model = CPFCTE(ClassifierConfig(4, "vit_toy"))
     def kept(blocks):
         model.train_last(blocks)
-        total, pack = [0], lambda tensor: (total.__setitem__(0, total[0] + tensor.numel()), tensor)[1]
+        sizes = []
+        def pack(tensor):
+            sizes.append(tensor.numel())
+            return tensor
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             tokens = model.patch_tokens(torch.rand(2, 3, 96, 96))
-        return total[0], tokens.requires_grad
+        return sum(sizes), tokens.requires_grad
     activations = {blocks: kept(blocks) for blocks in (0, 1, 2, 4)}
     assert activations[0] == (0, False)
     assert 0 < activations[1][0] < activations[2][0] < activations[4][0]

@@ -1,0 +1,199 @@
+"""What each part of the pipeline costs on this machine, as one Markdown table.
+
+Run:    python extras/bench.py [--quick]    ViT-B/16, ResNet-101, photos; --quick: the toy's sizes
+Medians after warm-up; on a GPU by CUDA events, in bfloat16. Weights are random, the images enlarged
+beetles: speed depends on neither, but for the CRF's, which grows with the number of colours.
+"""
+import argparse
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchmetrics.functional.classification import multiclass_jaccard_index
+from torchvision.transforms import v2
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data, evaluate, make_pseudo, model, train_cls, train_seg  # noqa: E401, E402  no package
+
+SIZES = {False: dict(vit="vit_base_patch16_384", sides=(384, 640, 960, 1280), blocks=5, C=21,
+                     cnn="resnet101", crop=321, photo=(500, 375)),
+         True: dict(vit="vit_toy", sides=(96, 160, 240, 320), blocks=4, C=9, cnn="resnet_toy",
+                    crop=96, photo=(160, 120))}  # --quick
+
+
+def parse_args(argv=None):
+    """How much to measure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="toy-sized networks and images")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the backbones")
+    args = parser.parse_args(argv)
+    vars(args).update(SIZES[args.quick])
+    return args
+
+
+def milliseconds(args, function):
+    """The median time of function()."""
+    if args.device.type == "cuda":
+        from triton.testing import do_bench  # comes with torch's CUDA builds
+        return do_bench(function, warmup=200, rep=1000, return_mode="median")
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        function()
+        times.append(1000 * (time.perf_counter() - began))
+    return statistics.median(times[1:])
+
+
+def row(part, setting, value, unit, note=""):
+    """Print one line of the table."""
+    print(f"| {part} | {setting} | {value:.4g} | {unit} | {note} |", flush=True)
+
+
+class UsualImages(train_cls.LabelledImages):
+    """Stage 1's images as most repositories load them: PIL and numpy, all of it in the worker."""
+    change = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3, 0.3)])
+
+    def __getitem__(self, item):
+        image = Image.open(self.folder.image_path(self.ids[item[0]])).convert("RGB")
+        image = self.change(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
+        pixels = (np.array(image, dtype=np.float32) / 255 - 0.5) / 0.5
+        return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), self.labels[item[0]]
+
+
+def bench_loading(args, folder):
+    """Stage 1's data path: the usual one, ours, ours with --cache."""
+    ours, speeds = train_cls.LabelledImages, []
+    for name, kind in (("usual", UsualImages), ("ours", ours), ("ours, --cache", ours)):
+        dataset = kind(folder, folder.ids("train"), args.sides[0])
+        if "cache" in name:
+            dataset.use_cache("train", 0, 0, 1)
+        order = data.batches(len(dataset), 8, seed=0, start=0, stop=41)
+        loader = DataLoader(dataset, num_workers=min(8, os.cpu_count()), batch_sampler=order,
+                            pin_memory=args.device.type == "cuda")
+        for step, (images, *rest) in enumerate(loader):
+            images = images.to(args.device, non_blocking=True)
+            if kind is ours:
+                images = train_cls.augment(images / 255, 0, rest[-1], ("flip", "jitter"))
+            if step == 0:
+                began = time.perf_counter()
+        images.sum().item()  # waits
+        speeds.append(8 * step / (time.perf_counter() - began))
+        row(f"load and augment, {name}", "JPEG of %dx%d" % args.photo, speeds[-1], "images/s",
+            f"{speeds[-1] / speeds[0]:.2f} x the usual")
+
+
+def bench_step(args, name, images, optimizer, loss):
+    """A training step, of which loss() is the forward half; returns its milliseconds."""
+    def _step():
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    ms = milliseconds(args, _step)
+    with FlopCounterMode(display=False) as counter:  # it does not know LSTMs
+        _step()
+    rate = counter.get_total_flops() / ms / 1e9
+    row(name, f"{tuple(images.shape)}", ms, "ms", f"{1000 * len(images) / ms:.1f} images/s, "
+        f"{rate:.3g} TFLOP/s, {100 * rate / args.ceiling:.0f} % of the ceiling")
+    return ms
+
+
+def bench_classifier(args, context):
+    """Stage 1's step and its parts, forward and backward; inference at growing sizes."""
+    net = model.CPFCTE(model.ClassifierConfig(args.C, args.vit, context=context)).to(args.device)
+    net.train_last(args.blocks)
+    if args.compile:
+        net.compile_backbone()
+    images = torch.rand(args.batches[0], 3, *2 * args.sides[:1], device=args.device)
+    labels = torch.ones(len(images), args.C, device=args.device)
+    def _head(tokens):
+        Y = net.classifier(net.dropout(tokens)).float().softmax(dim=-1)
+        return model.classification_loss(model.pool_patches(Y), labels)
+    whole = bench_step(args, f"stage 1 step, {context}", images,
+                       torch.optim.Adam(net.parameters(), fused=True), args.amp(lambda: _head(
+                           net.fuse(net.enhance(net.patch_tokens(images))))))
+    tokens = args.amp(net.patch_tokens)(images).detach().requires_grad_()
+    for name, part, start in (("backbone", net.patch_tokens, images), ("head", _head, tokens),
+                              ("tokens", net.enhance, tokens), ("CF-BiLSTM", net.fuse, tokens)):
+        ms = milliseconds(args, lambda: args.amp(part)(start).sum().backward())
+        row(f"- {name}", "forward, backward", ms, "ms", f"{100 * ms / whole:.1f} % of the step")
+    for side in args.sides:
+        picture = torch.rand(1, 3, side, side, device=args.device)
+        with torch.no_grad():
+            tokens = args.amp(net.eval().patch_tokens)(picture)
+            ms = milliseconds(args, lambda: args.amp(net)(picture))
+            share = 100 * milliseconds(args, lambda: args.amp(net.fuse)(tokens)) / ms
+        row(f"inference, {context}", f"{side}x{side}", ms, "ms/image", f"CF-BiLSTM {share:.1f} %")
+
+
+def bench_segmenter(args, image):
+    """Stage 3's step; stage 4 on one image without the CRF, its score against torchmetrics'."""
+    net = model.DeepLabv2(model.SegmenterConfig(args.C, args.cnn)).to(args.device)
+    train_seg.set_train(net, freeze_bn=True)
+    if args.compile:
+        net.compile_backbone()
+    images = torch.rand(args.batches[1], 3, args.crop, args.crop, device=args.device)
+    masks = torch.randint(0, args.C, (len(images), args.crop, args.crop), device=args.device)
+    groups = train_seg.parameter_groups(net, 1e-4, 10)
+    bench_step(args, "stage 3 step", images, torch.optim.SGD(groups, lr=1e-4, fused=True),
+               lambda: train_seg.multi_scale_loss(args.amp(net)(images), masks))
+    ms = milliseconds(args, lambda: evaluate.predict(evaluate.predict_logits(
+        net, image, args.device, args.device.type == "cuda"), image))
+    row("stage 4, no CRF", "%dx%d" % args.photo, ms, "ms/image")
+    truth, mask = torch.randint(0, args.C, (2, *args.photo), dtype=torch.uint8)
+    ms = milliseconds(args, lambda: data.confusion_matrix(mask.numpy(), truth.numpy(), args.C))
+    ratio = ms / milliseconds(args, lambda: multiclass_jaccard_index(
+        mask, truth, args.C, ignore_index=data.IGNORE))
+    row("stage 4, score", "CPU", ms, "ms/image", f"{ratio:.2f} x torchmetrics")
+
+
+def bench_crf(args, image):
+    """The dense CRF over all classes, as the field runs it, and over three."""
+    names = ("pydensecrf", "torch") if make_pseudo.densecrf else ("torch",)
+    for labels in (args.C, 3):
+        maps = 2 * torch.randn(labels, 12, 12, device=args.device)
+        probs = make_pseudo.upsample(maps, *image.shape[:2]).softmax(dim=0)
+        for name in names:
+            ms = milliseconds(args, lambda: make_pseudo.dense_crf(image, probs, backend=name))
+            first = ms if name == names[0] else first
+            row(f"CRF, {name}", f"{labels} labels", ms, "ms", f"{ms / first:.2f} x {names[0]}")
+
+
+def main(args):
+    args.device, _, _ = model.join_processes()
+    gpu = args.device.type == "cuda"
+    args.batches = (16, 10) if gpu or args.quick else (2, 2)
+    args.amp = torch.autocast(args.device.type, torch.bfloat16, gpu)
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if gpu else 'no GPU'}, "
+          f"{torch.get_num_threads()} threads\n\n| part | setting | median | unit | |\n"
+          "|---|---|---|---|---|")
+    matrix = torch.randn(2 * [8192 if gpu else 2048], device=args.device)
+    ms = milliseconds(args, lambda: args.amp(torch.matmul)(matrix, matrix))
+    args.ceiling = 2 * len(matrix) ** 3 / ms / 1e9
+    row("matrix product", "", ms, "ms", f"the ceiling: {args.ceiling:.3g} TFLOP/s")
+    with tempfile.TemporaryDirectory() as root:
+        data.make_toy(Path(root), (16, 1, 1))
+        for path in sorted(Path(root).glob("JPEGImages/*")):
+            data.read_image(path).resize(args.photo, Image.Resampling.BICUBIC).save(path)
+        folder = data.Folder(root)  # its third image has the lattice of a photograph
+        image = torch.from_numpy(np.array(data.read_image(folder.image_path("train_00002"))))
+        bench_loading(args, folder)
+    for context in ("raster", "hv"):
+        bench_classifier(args, context)
+    bench_segmenter(args, image.to(args.device))
+    bench_crf(args, image.to(args.device))
+    row("peak memory", "host", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, "GiB")
+    if gpu:
+        row("peak memory", "GPU", torch.cuda.max_memory_allocated() / 2 ** 30, "GiB")
+
+
+if __name__ == "__main__":
+    data.run(main, parse_args())
