@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import secrets
 import sys
 import xml.etree.ElementTree as ElementTree
 from contextlib import contextmanager
@@ -105,13 +106,13 @@ def probability(text):
 
 
 def deviation(text):
-    """argparse type: a number above zero."""
+    """argparse type: a number from 0.001 up; what is smaller leaves nobody anything to hear."""
     try:
-        if 0 < float(text) < math.inf:
+        if 0.001 <= float(text) < math.inf:
             return float(text)
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no number above zero")
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0.001 up")
 
 
 def stage_parser(doc):
@@ -124,9 +125,9 @@ def stage_parser(doc):
     parser.add_argument("--run", type=Path, help="folder that this and the other stages write to")
     parser.add_argument("--preset", choices=PRESETS, help="row of PRESETS in data.py that gives "
                         "the defaults; without this flag DATA/preset.txt names it, else it is voc")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="processes "
-                        "that load images, write masks and, without a GPU, run the CRF beside the "
-                        "network; 0: none. The results do not depend on it")
+    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1),
+                        help="processes that load images, write masks and run the CRF, where the "
+                        "GPU does not, beside the network; 0: none. Results do not depend on it")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction,
                         default=torch.cuda.is_available(),
                         help="run the network in bfloat16 autocast (the losses stay in float32)")
@@ -175,7 +176,7 @@ def parse(parser, stage, argv=None, needed=("data", "run")):
 def atomic(path):
     """Yield a temporary name beside path and rename it to path once the block has succeeded."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)

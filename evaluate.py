@@ -12,6 +12,7 @@ Writes: RUN/pred/ID.png, RUN/results.json, RUN/figure.png; with --masks DIR/resu
 import json
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,8 @@ from tqdm import tqdm
 
 import data
 from data import IGNORE, DataError, Folder
-from make_pseudo import (Images, add_crf_flags, claim, crf_settings, dense_crf, digest, score_masks,
-                         upsample, write_all)
+from make_pseudo import (Images, add_crf_flags, claim, constants_of, crf_settings, dense_crf,
+                         digest, score_masks, upsample, write_all)
 from model import build, join_processes, load_checkpoint
 
 IGNORE_POLICY = "pixels whose truth is 255 are left out; a predicted 255 is a miss"
@@ -98,15 +99,15 @@ def predict(logits, image, crf=None):
 
 
 def prediction_jobs(model, folder, ids, args, device, out, crf):
-    """Run the network over the images and yield (arguments of masks_of, paths) of each."""
+    """Run the network over the images and yield (arguments of predictions, paths) of each."""
     loader = DataLoader(Images(folder, ids), batch_size=None, num_workers=args.workers)
     for index, image in loader:
         logits = predict_logits(model, image, device, args.amp)
         yield (logits, image, crf), [out / f"{ids[index]}.png"]
 
 
-def masks_of(logits, image, crf):
-    """[predict(...)]: the masks of an image as write_all takes them."""
+def predictions(logits, image, crf):
+    """[predict(...)]: an image's masks as write_all takes them."""
     return [predict(logits, image, crf)]
 
 
@@ -289,15 +290,17 @@ def main(args):
     about = dict(checkpoint=str(args.run / "seg.pt"), masks=str(pred), crf=crf is not None,
                  image_labels_used=False, seed=checkpoint["args"]["seed"])
     settings = about | dict(data=str(args.data.resolve()), seg=digest(args.run / "seg.pt"),
-                            constants=crf)
+                            constants=constants_of(crf) or None)
     note = pred / "settings.json"
     if not note.is_file() or json.loads(note.read_text()) != settings:
         claim(pred, settings, overwrite=True)  # else a killed run goes on where it stopped
     todo = [i for i in ids if not (pred / f"{i}.png").is_file()]
-    jobs = prediction_jobs(model, folder, todo, args, device, pred, crf)
-    for _ in tqdm(write_all(masks_of, jobs, args.workers, device, crf), total=len(todo),
+    jobs, began = prediction_jobs(model, folder, todo, args, device, pred, crf), time.time()
+    for _ in tqdm(write_all(predictions, jobs, args.workers, device, crf), total=len(todo),
                   desc=f"predict {args.split}", disable=None):
         pass
+    print(f"evaluate  {len(todo):,} of {len(ids):,} images were still to do, "
+          f"{time.time() - began:.0f} s, CRF by {crf['backend'] if crf else 'nobody'}")
 
     if args.export:
         for path in (args.run / EXPORT).glob("*.png"):

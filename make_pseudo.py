@@ -6,15 +6,16 @@ Reads:  RUN/cls.pt, JPEGImages/, image_labels.txt; a mask only to score at the v
 Writes: RUN/bpm/ID.png     baseline pseudo masks: argmax of the upsampled maps (Eq. 10)
         RUN/pseudo/ID.png  the same after the CRF: what stage 3 trains on
 A killed run goes on where it stopped: masks that are already written are skipped.
-On a GPU the masks are computed there; on a CPU they are, like all writing, the worker processes'.
+Where there is a GPU, it computes masks and CRF; else the worker processes do, which write them.
 """
 import argparse
 import hashlib
 import json
-import os
+import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import starmap
 
 import numpy as np
 import torch
@@ -67,6 +68,11 @@ def crf_settings(args, device):
         backend=crf_backend(args.crf, device), iterations=args.crf_iterations,
         bilateral_sxy=args.crf_sxy, bilateral_srgb=args.crf_srgb,
         bilateral_compat=args.crf_compat)
+
+
+def constants_of(crf):
+    """What of crf_settings decides about the masks: all but who computes them."""
+    return {name: value for name, value in (crf or {}).items() if name != "backend"}
 
 
 def parse_args(argv=None):
@@ -142,31 +148,35 @@ def masks_of(image, present, maps, crf):
     present, maps = torch.as_tensor(present).byte(), torch.as_tensor(maps)
     probs = upsample(maps, *image.shape[:2])
     masks = [present[probs.argmax(0)]]  # Eq. (10)
-    if crf:
+    if crf is not None:
         masks.append(present[dense_crf(image, probs, **crf).argmax(0)])
     return [mask.cpu().numpy() for mask in masks]
 
 
 def in_parallel(function, jobs, workers):
-    """Yield function(job) in order, from worker processes, while jobs are still being made."""
+    """Yield function(*job) in order, from worker processes, while jobs are still being made."""
     if workers == 0:
-        yield from map(function, jobs)
+        yield from starmap(function, jobs)
         return
     with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         pending = deque()
         for job in jobs:
-            pending.append(pool.submit(function, job))
+            pending.append(pool.submit(function, *job))
             if len(pending) > 8 * workers:  # bounds the memory that waiting jobs hold
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
 
 
-def write_masks(compute, job):
-    """Save the masks compute(*inputs) under their paths; runs in a worker process."""
-    inputs, paths = job
-    for mask, path in zip(compute(*inputs), paths):
+def save_masks(masks, paths):
+    """Write each mask; runs in a worker process."""
+    for mask, path in zip(masks, paths):
         data.save_mask(path, mask)
+
+
+def compute_and_save(compute, inputs, paths):
+    """Write the masks compute(*inputs); runs in a worker process."""
+    save_masks(compute(*inputs), paths)
 
 
 def write_all(compute, jobs, workers, device, crf):
@@ -175,12 +185,11 @@ def write_all(compute, jobs, workers, device, crf):
     On a GPU this process computes and the workers write; on a CPU the workers do both.
     """
     if device.type == "cuda" and (crf is None or crf["backend"] == "torch"):
-        done, compute = compute, list  # what is left to do there: take the masks as they are
-        jobs = (([done(*inputs)], paths) for inputs, paths in jobs)
-    else:  # tensors do not travel well to other processes
-        jobs = (([x.cpu().numpy() if torch.is_tensor(x) else x for x in inputs], paths)
-                for inputs, paths in jobs)
-    return in_parallel(partial(write_masks, compute), jobs, workers)
+        jobs = ((compute(*inputs), paths) for inputs, paths in jobs)
+        return in_parallel(save_masks, jobs, workers)
+    jobs = ((compute, [x.cpu().numpy() if torch.is_tensor(x) else x for x in inputs], paths)
+            for inputs, paths in jobs)  # arrays: tensors do not travel well to other processes
+    return in_parallel(compute_and_save, jobs, workers)
 
 
 # --- the stage ---------------------------------------------------------------------------------
@@ -240,9 +249,8 @@ def claim(directory, settings, overwrite):
     data.write_lines(note, [json.dumps(settings)])
 
 
-def confusion_of(job):
+def confusion_of(mask_path, truth_path, num_classes):
     """One image's confusion matrix; runs in a worker process."""
-    mask_path, truth_path, num_classes = job
     truth = data.read_mask(truth_path, num_classes)
     mask = data.read_mask(mask_path, num_classes, size=truth.shape[::-1])
     return data.confusion_matrix(mask, truth, num_classes)
@@ -278,7 +286,7 @@ def main(args):
         settings = dict(cls=digest(args.run / "cls.pt"), data=str(args.data.resolve()),
                         size=args.size, max_norm=args.max_norm, image_labels_used=True,
                         seed=checkpoint["args"]["seed"])
-        for out, constants in zip(outputs, (dict(crf=False), dict(crf=True) | (crf or {}))):
+        for out, constants in zip(outputs, (dict(crf=False), dict(crf=True) | constants_of(crf))):
             claim(out, settings | constants, args.overwrite)
     if world > 1:
         dist.barrier()
@@ -286,7 +294,7 @@ def main(args):
     todo = [i for i in mine if not all((out / f"{i}.png").is_file() for out in outputs)]
 
     # --- masks ---
-    jobs = mask_jobs(model, folder, todo, args, device, outputs, crf)
+    jobs, began = mask_jobs(model, folder, todo, args, device, outputs, crf), time.time()
     for _ in tqdm(write_all(masks_of, jobs, args.workers, device, crf), total=len(todo),
                   desc=f"masks of {args.split}", disable=None if rank == 0 else True):
         pass
@@ -295,7 +303,8 @@ def main(args):
 
     # --- score: the last two rows of Table 1 ---
     if rank == 0:
-        print(f"{STAGE}  {len(todo):,} of {len(mine):,} images were still to do")
+        print(f"{STAGE}  {len(todo):,} of {len(mine):,} images were still to do, "
+              f"{time.time() - began:.0f} s, CRF by {crf['backend'] if crf else 'nobody'}")
         rows = ("BPM, CPF-CTE w/o CRF in Table 1", "CRF, CPF-CTE in Table 1")
         for out, name in zip(outputs, rows):
             confusion, scored = score_masks(folder, ids, out, args.workers)

@@ -66,8 +66,10 @@ def create_backbone(name, pretrained, weights=None, **kwargs):
 
 def compiled(function):
     """torch.compile it for training, where sizes are fixed; without gradients it runs as it is."""
-    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
-        raise DataError("--compile needs a C++ compiler: install g++, or leave the flag out")
+    variable, *names = (("CC", "gcc", "clang") if torch.cuda.is_available() else
+                        ("CXX", "g++", "clang++"))
+    if not any(map(shutil.which, [os.environ.get(variable, names[0]), *names])):
+        raise DataError(f"--compile needs {' or '.join(names)}: install one, or leave the flag out")
     fast = torch.compile(function, dynamic=False)
     return lambda images: (fast if torch.is_grad_enabled() else function)(images)
 

@@ -49,7 +49,7 @@ def parse_args(argv=None):
         help="K in Eq. (8): 1 is max pooling, all patches is average pooling")
     add("--dropout", type=float, default=0.2, help="before the BiLSTM and before the classifier")
     add("--cache", action="store_true", help="decode and resize every image only once, into one "
-        "file in DATA/cache (VOC at 384: 4.7 GB) that all runs share; the results are the same")
+        "file per split in DATA/cache (VOC at 384: 4.7 GB); all runs share it, with equal results")
     add("--augment", nargs="*", choices=("flip", "jitter", "vflip", "transpose"),
         default=["flip", "jitter"], help="the last two are ViT-PCM's, off in this repository")
     add("--epochs", type=data.positive, help="passes over the training images")
@@ -68,7 +68,7 @@ class LabelledImages(Dataset):
     """(index, draw) -> image (3, S, S) uint8, labels (C,), index, draw."""
 
     def __init__(self, folder, ids, size):
-        self.folder, self.ids, self.size, self.decoded = folder, ids, size, None
+        self.folder, self.ids, self.size, self.cache = folder, ids, size, None
         self.labels = torch.stack([folder.image_labels(i) for i in ids])  # fails early, by name
 
     def __len__(self):
@@ -76,8 +76,8 @@ class LabelledImages(Dataset):
 
     def __getitem__(self, item):
         index, draw = item
-        if self.decoded is not None:
-            image = torch.from_numpy(self.decoded[index].copy())
+        if self.cache:  # opened anew each time: an open one would travel whole to a spawned worker
+            image = torch.from_numpy(np.array(np.load(self.cache, mmap_mode="r")[index]))
         else:
             image = data.read_image(self.folder.image_path(self.ids[index]))
             image = data.to_tensor(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
@@ -100,8 +100,9 @@ class LabelledImages(Dataset):
         fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
         path = self.folder.root / "cache" / f"{split}-{self.size}-{fingerprint}.npy"
         if rank == 0 and not path.is_file():
-            for outdated in path.parent.glob(f"{split}-{self.size}-*.npy"):
-                outdated.unlink()
+            for leftover in path.parent.glob(f".{split}-{self.size}-*.tmp"):
+                if time.time() - leftover.stat().st_mtime > 24 * 3600:  # of a killed run
+                    leftover.unlink(missing_ok=True)
             header = dict(descr="|u1", fortran_order=False,
                           shape=(len(self), 3, self.size, self.size))
             with data.atomic(path) as temporary, open(temporary, "wb") as file:
@@ -109,15 +110,18 @@ class LabelledImages(Dataset):
                 for images, *_ in tqdm(self.in_order(16, workers), desc=f"cache {split}",
                                        disable=None):
                     file.write(images.numpy())
+            for outdated in {*path.parent.glob(f"{split}-{self.size}-*.npy")} - {path}:
+                outdated.unlink(missing_ok=True)
         if world > 1:
             dist.barrier()
-        self.decoded = np.load(path, mmap_mode="r")
+        self.cache = path
 
 
 def augment(images, seed, draws, names):
     """(B, 3, S, S) in [0, 1] -> the same, each changed in the named ways as its draw alone says."""
     chances = torch.stack([torch.rand(6, generator=torch.Generator().manual_seed(
-        seed * 1_000_003 + draw)) for draw in draws.tolist()]).to(images.device)
+        seed * 1_000_003 + draw)) for draw in draws.tolist()])
+    chances = chances.to(images.device, non_blocking=True)  # nothing here waits for the GPU
     flip, vflip, transpose, *factors = chances.T.reshape(6, -1, 1, 1, 1)
     if "flip" in names:
         images = torch.where(flip < 0.5, images.flip(3), images)

@@ -1,4 +1,5 @@
 """extras/crf.py against pydensecrf on photographs, and its lattice against what defines one."""
+import argparse
 import itertools
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import data
 import make_pseudo
 from conftest import HAS_PYDENSECRF
 from data import DataError
@@ -19,8 +21,8 @@ needs_pydensecrf = pytest.mark.skipif(not HAS_PYDENSECRF, reason="the oracle is 
 
 def photograph(name, size=None):
     """One of scikit-image's own, (H, W, 3) uint8."""
-    data = pytest.importorskip("skimage.data")
-    image = Image.fromarray(getattr(data, name)())
+    photographs = pytest.importorskip("skimage.data")
+    image = Image.fromarray(getattr(photographs, name)())
     return np.array(image.resize(size) if size else image)
 
 
@@ -61,6 +63,16 @@ def test_labels_of_pydensecrf_on_noise_and_odd_sizes(labels, height, width, cons
     assert same >= 0.9999 and difference < 1e-4, (same, difference)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("constants", FIELD)
+def test_labels_on_a_gpu_are_those_on_a_cpu(constants):
+    image, probs = photograph("coffee", (500, 375)), torch.from_numpy(soft_regions(4, 375, 500))
+    names = ("bilateral_sxy", "bilateral_srgb", "bilateral_compat")
+    here, there = (dense_crf(image, probs.to(device), backend="torch",
+                             **dict(zip(names, constants))).cpu() for device in ("cpu", "cuda"))
+    assert (here.argmax(0) == there.argmax(0)).float().mean() >= 0.9999
+
+
 @pytest.mark.parametrize("d", [2, 5])
 def test_simplices_enclose_their_points(d):
     points = 4 * torch.randn(d, 500, generator=torch.Generator().manual_seed(d))
@@ -90,7 +102,11 @@ def test_the_filter_is_close_to_a_gaussian_sum():
 def test_a_lattice_too_fine_for_its_keys_is_refused():
     image = np.array(Image.linear_gradient("L").convert("RGB").resize((64, 64)))
     with pytest.raises(DataError, match="--crf-srgb is too small"):
-        dense_crf(image, soft_regions(2, 64, 64), backend="torch", bilateral_srgb=1e-4)
+        dense_crf(image, soft_regions(2, 64, 64), backend="torch", bilateral_srgb=0.001)
+    for text in ("0", "-3", "1e-6", "nan", "inf", "x"):
+        with pytest.raises(argparse.ArgumentTypeError, match="no number from 0.001 up"):
+            data.deviation(text)
+    assert data.deviation("67") == 67
 
 
 def test_without_pydensecrf_auto_is_torch_and_asking_for_it_names_the_way_out(monkeypatch):

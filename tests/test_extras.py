@@ -193,11 +193,11 @@ def test_a_quick_benchmark_fills_its_table(script):
     notes = {}
     for part, setting, _, unit, note in rows:
         notes.setdefault(part, []).append((setting, unit, note))
-    assert [note for _, _, note in notes["load and augment, usual"]] == ["1.00 x the usual"]
+    assert [note for _, _, note in notes["load and augment, usual"]] == ["1.00 x the usual speed"]
     assert {"load and augment, ours", "load and augment, ours, --cache", "stage 3 step",
             "CRF, torch", "stage 4, no CRF", "stage 4, score", "peak memory"} <= set(notes)
     for context in ("hv", "raster"):
         assert "of the ceiling" in notes[f"stage 1 step, {context}"][0][2]
         assert len(notes[f"inference, {context}"]) == 4
     for part in ("- backbone", "- tokens", "- CF-BiLSTM", "- head"):
-        assert all(float(note.split()[0]) < 100 for _, _, note in notes[part])
+        assert len(notes[part]) == 2 and all(n.endswith("of the step") for _, _, n in notes[part])

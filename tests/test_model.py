@@ -345,5 +345,6 @@ def test_channels_last_changes_nothing_but_the_layout():
 
 def test_compile_without_a_compiler_names_the_way_out(monkeypatch):
     monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(DataError, match="leave the flag out"):
         CPFCTE(ClassifierConfig(4, "vit_toy")).compile_backbone()

@@ -93,7 +93,8 @@ def test_crf_with_one_class_and_without_iterations(backend):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_jobs_in_parallel_keep_their_order(workers):
-    assert list(in_parallel(abs, iter(range(-40, 0)), workers)) == list(range(40, 0, -1))
+    jobs = ((number,) for number in range(-40, 0))
+    assert list(in_parallel(abs, jobs, workers)) == list(range(40, 0, -1))
 
 
 def test_masks_are_the_same_wherever_they_are_computed(tmp_path):

@@ -1,6 +1,6 @@
 """The pieces of the training scripts: schedules, parameter groups, losses, augmentation."""
 import math
-from pathlib import Path
+import os
 
 import numpy as np
 import pytest
@@ -90,21 +90,24 @@ def test_the_cache_holds_what_is_decoded_and_notices_other_images(toy_copy):
     for index in range(len(ids)):
         for a, b in zip(plain[(index, 7)], fast[(index, 7)]):
             assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
-    path = Path(fast.decoded.filename)
+    path = fast.cache
     written = path.stat().st_mtime_ns
     cached(ids)
     assert path.stat().st_mtime_ns == written  # once
     cached(ids, 32)
     assert len(list(path.parent.glob("*.npy"))) == 2
-    assert Path(cached(ids[::-1]).decoded.filename) != path and not path.exists()
+    assert cached(ids[::-1]).cache != path and not path.exists()
     victim = folder.image_path(ids[0])
     Image.new("RGB", (96, 96)).save(victim)
-    assert cached(ids).decoded[0].max() == 0
+    assert cached(ids)[(0, 0)][0].max() == 0
     victim.write_bytes(b"no image")
     before = sorted(path.parent.iterdir())
+    killed, running = (path.parent / f".val-64-{name}.tmp" for name in ("killed", "running"))
+    killed.touch(), running.touch()
+    os.utime(killed, (0, 0))
     with pytest.raises(DataError, match=victim.name):
         cached(ids, 64)
-    assert sorted(path.parent.iterdir()) == before  # nothing half written
+    assert sorted(path.parent.iterdir()) == [running, *before]  # nothing half written
 
 
 def test_nothing_is_kept_for_a_frozen_backbone():
