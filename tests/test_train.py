@@ -127,6 +127,22 @@ def test_nothing_is_kept_for_a_frozen_backbone():
     assert 0 < activations[1][0] < activations[2][0] < activations[4][0]
 
 
+@pytest.mark.parametrize("kind, options", [
+    (torch.optim.Adam, {}), (torch.optim.SGD, dict(momentum=0.9, weight_decay=5e-4))])
+def test_fused_optimisers_are_the_plain_ones(kind, options):
+    weights = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(7, 5)
+        optimizer = kind(layer.parameters(), lr=0.1, fused=fused, **options)
+        for _ in range(5):
+            optimizer.zero_grad()
+            layer(torch.randn(4, 7)).square().sum().backward()
+            optimizer.step()
+        weights.append(layer.weight.detach())
+    torch.testing.assert_close(*weights)
+
+
 # --- stage 3 -----------------------------------------------------------------------------------
 
 def test_parameter_groups_and_poly_decay():
