@@ -80,7 +80,7 @@ class GaussianFilter:
         self.corners = torch.empty_like(vertex_of, dtype=torch.int32)
         self.corners[order] = vertex_of.int()
         self.corners = self.corners.view(d + 1, N).T.contiguous()
-        self.slice_weights = weights.T.contiguous() / (1 + 2 ** -d)
+        self.slice_weights = weights.T.contiguous()  # a common factor would go in the scale below
 
         # blur: a vertex's two neighbours along each axis; M, a row of zeros, where there is none
         self.neighbours = []

@@ -268,6 +268,7 @@ def test_masks_are_skipped_not_mixed_and_overwritten_on_request(run, toy, tmp_pa
     assert again[removed] == written[removed] and again[kept] != written[kept]
     with pytest.raises(DataError, match="--overwrite"):
         in_process(*command, "--size", "128")
+    in_process(*command, "--crf", "torch")  # who computes does not matter: nothing is refused
     in_process(*command, "--overwrite", "--crf", "none")
     assert masks(here / "bpm") == masks(run[0] / "bpm") and masks(here / "pseudo") == again
     in_process(*command, "--overwrite")
