@@ -126,8 +126,8 @@ def stage_parser(doc):
     parser.add_argument("--preset", choices=PRESETS, help="row of PRESETS in data.py that gives "
                         "the defaults; without this flag DATA/preset.txt names it, else it is voc")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1),
-                        help="processes that load images, write masks and run the CRF, where the "
-                        "GPU does not, beside the network; 0: none. Results do not depend on it")
+                        help="worker processes: they load images, write masks and, on a CPU, run "
+                        "the CRF; 0: none. Results do not depend on it")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction,
                         default=torch.cuda.is_available(),
                         help="run the network in bfloat16 autocast (the losses stay in float32)")
@@ -143,7 +143,7 @@ def training_parser(doc):
         help="start from the backbone's ImageNet weights, not from random ones")
     add("--seed", type=int, default=0, help="of the weights, the order and the augmentation")
     add("--compile", action="store_true", help="torch.compile the backbone in training: meant for "
-        "GPUs and long runs (it needs a C++ compiler, and a minute to begin with)")
+        "GPUs and long runs (it needs a C compiler, on a CPU one of C++, and time to begin with)")
     add("--resume", action="store_true",
         help="go on from RUN's checkpoint exactly as if never interrupted")
     add("--overwrite", action="store_true", help="replace RUN's checkpoint if there is one")

@@ -43,8 +43,8 @@ def add_crf_flags(parser, default):
     """--crf and the CRF's constants, as flags; crf_settings(args, device) reads them."""
     add = parser.add_argument
     add("--crf", nargs="?", choices=("auto", "torch", "pydensecrf", "none"), const="auto",
-        default=default, help="who computes the dense CRF: torch is extras/crf.py, with the same "
-        "labels; auto, or no word: torch on a GPU, pydensecrf, if installed, on a CPU")
+        default=default, help="who computes the dense CRF: torch is extras/crf.py, equal up to "
+        "rounding; auto, or no word: pydensecrf, if installed, on a CPU, else torch")
     add("--crf-iterations", type=int, default=10, help="mean-field iterations")
     add("--crf-sxy", type=data.deviation, default=67, help="bilateral kernel: deviation in pixels")
     add("--crf-srgb", type=data.deviation, default=3,

@@ -49,7 +49,7 @@ def parse_args(argv=None):
         help="K in Eq. (8): 1 is max pooling, all patches is average pooling")
     add("--dropout", type=float, default=0.2, help="before the BiLSTM and before the classifier")
     add("--cache", action="store_true", help="decode and resize every image only once, into one "
-        "file per split in DATA/cache (VOC at 384: 4.7 GB); all runs share it, with equal results")
+        "file per split in DATA/cache (VOC at 384: 5.3 GB); all runs share it, with equal results")
     add("--augment", nargs="*", choices=("flip", "jitter", "vflip", "transpose"),
         default=["flip", "jitter"], help="the last two are ViT-PCM's, off in this repository")
     add("--epochs", type=data.positive, help="passes over the training images")

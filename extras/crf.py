@@ -23,7 +23,7 @@ def enclosing_simplex(features):
     """
     d, N = features.shape
     elevated = features.new_zeros(d + 1, N)  # onto the plane of d + 1 coordinates that sum to 0
-    for j in range(d, 0, -1):  # pydensecrf's order of sums: whole pixels lie on ties
+    for j in range(d, 0, -1):  # in pydensecrf's order: another would break pixels' ties differently
         scaled = features[j - 1] * ((d + 1) * math.sqrt(2 / 3) / math.sqrt(j * (j + 1)))
         elevated[j] = elevated[0] - j * scaled
         elevated[0] += scaled
@@ -35,7 +35,7 @@ def enclosing_simplex(features):
             smaller = offset[i] < offset[j]
             rank[i] += smaller
             rank[j] += ~smaller
-    rank += (corner.sum(0) / (d + 1)).round().long()  # off the plane: step back along the ranks
+    rank += (corner.sum(0) / (d + 1)).round().long()  # rounded off the plane: step back, by rank
     wrapped = (rank < 0).long() - (rank > d).long()
     rank += (d + 1) * wrapped
     corner += (d + 1) * wrapped
@@ -47,7 +47,7 @@ def enclosing_simplex(features):
 
 
 class GaussianFilter:
-    """Sums over N points, each weighted by exp(-|f_i - f_j|^2 / 2), with symmetric normalisation.
+    """Approximate sums over N points, weights exp(-|f_i - f_j|^2 / 2), normalised symmetrically.
 
     features (d, N) are in units of their standard deviations. Called with values (N, C) float32.
     """
@@ -57,7 +57,8 @@ class GaussianFilter:
         device = features.device
         corner, rank, weights = enclosing_simplex(features)
 
-        # a corner's first d coordinates (they sum to zero) as the digits of one int64 key
+        # corner k is corner 0 plus k, less d + 1 in the k coordinates of highest rank; its first d
+        # coordinates (all sum to zero) are the digits of one int64 key
         corner, rank = corner[:d], rank[:d]
         low = corner.amin(1, keepdim=True) - 2 * (d + 1)  # the margin is for the neighbours
         extent = (corner.amax(1, keepdim=True) + 2 * (d + 1) - low).flatten().tolist()
@@ -80,9 +81,10 @@ class GaussianFilter:
         self.corners = torch.empty_like(vertex_of, dtype=torch.int32)
         self.corners[order] = vertex_of.int()
         self.corners = self.corners.view(d + 1, N).T.contiguous()
-        self.slice_weights = weights.T.contiguous()  # a common factor would go in the scale below
+        self.slice_weights = weights.T.contiguous()
 
-        # blur: a vertex's two neighbours along each axis; M, a row of zeros, where there is none
+        # blur: a vertex's neighbours along each axis are d away in its own coordinate and -1 in all
+        # others, and the reverse; M, a row of zeros, where there is none
         self.neighbours = []
         for axis in range(d + 1):
             wanted = vertices - sum(strides) + ((d + 1) * strides[axis] if axis < d else 0)
@@ -92,8 +94,8 @@ class GaussianFilter:
             behind[ahead] = torch.arange(M, device=device)
             self.neighbours.append((ahead.int(), behind[:M].int()))
 
-        self.scale = 1.0
-        self.scale = (self(torch.ones(N, 1, device=device)) + 1e-20).rsqrt()  # (N, 1)
+        self.scale = 1.0  # to filter ones; then that to the power -1/2 on either side, (N, 1)
+        self.scale = (self(torch.ones(N, 1, device=device)) + 1e-20).rsqrt()
 
     def __call__(self, values):
         M = len(self.starts)
@@ -103,7 +105,7 @@ class GaussianFilter:
                                       per_sample_weights=self.splat_weights)
         for ahead, behind in self.neighbours:
             both = lattice.index_select(0, ahead).add_(lattice.index_select(0, behind))
-            lattice[:M] += both.mul_(0.5)
+            lattice[:M] += both.mul_(0.5)  # [1/2, 1, 1/2]; the factor goes in the scale
         return self.scale * F.embedding_bag(self.corners, lattice, mode="sum",
                                             per_sample_weights=self.slice_weights)
 

@@ -90,6 +90,26 @@ def test_simplices_enclose_their_points(d):
                                atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("d", [2, 5])
+def test_vertices_and_neighbours_are_those_of_their_coordinates(d):
+    points = 2 * torch.randn(d, 40, generator=torch.Generator().manual_seed(d))
+    gaussian = crf.GaussianFilter(points)
+    corner, rank, _ = crf.enclosing_simplex(points)
+    number = {}  # coordinates of a vertex -> its row
+    for k in range(d + 1):
+        for vertex, row in zip((corner + k - (d + 1) * (rank > d - k)).T.tolist(),
+                               gaussian.corners[:, k].tolist()):
+            assert number.setdefault(tuple(vertex), row) == row
+    missing = len(gaussian.starts)
+    assert sorted(number.values()) == list(range(missing))
+    for axis, (ahead, behind) in enumerate(gaussian.neighbours):
+        for vertex, row in number.items():
+            for sign, neighbour in ((1, ahead[row]), (-1, behind[row])):
+                step = [sign * (d * (i == axis) - (i != axis)) for i in range(d + 1)]
+                expected = tuple(a + b for a, b in zip(vertex, step))
+                assert neighbour == number.get(expected, missing)
+
+
 def test_the_filter_is_close_to_a_gaussian_sum():
     points = torch.randn(2, 400, generator=torch.Generator().manual_seed(0))
     kernel = crf.GaussianFilter(points)(torch.eye(400))

@@ -320,9 +320,12 @@ def test_a_compiled_cnn_gives_the_same_logits_and_gradients():
         logits.square().sum().backward()
         return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
     plain = results()
+    dynamo = pytest.importorskip("torch._dynamo")
     names = list(model.state_dict())
     model.compile_backbone()
+    dynamo.utils.counters.clear()
     compiled = results()
+    assert dynamo.utils.counters["stats"]["unique_graphs"] > 0  # it was compiled
     assert list(model.state_dict()) == names
     for a, b in zip(plain, compiled, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * a.abs().max().item())

@@ -98,6 +98,7 @@ def test_the_cache_holds_what_is_decoded_and_notices_other_images(toy_copy):
     assert len(list(path.parent.glob("*.npy"))) == 2
     assert cached(ids[::-1]).cache != path and not path.exists()
     victim = folder.image_path(ids[0])
+    assert cached(ids)[(0, 0)][0].max() > 0
     Image.new("RGB", (96, 96)).save(victim)
     assert cached(ids)[(0, 0)][0].max() == 0
     victim.write_bytes(b"no image")
