@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 HAS_PYDENSECRF = importlib.util.find_spec("pydensecrf") is not None
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))),
+                                    reason="torch.compile needs a C++ compiler")
 BACKENDS = ["torch"] + ["pydensecrf"] * HAS_PYDENSECRF  # of the CRF, those that are installed
 
 
@@ -32,7 +35,6 @@ def toy(tmp_path_factory):
 @pytest.fixture
 def toy_copy(toy, tmp_path):
     """The same data set, copied into a folder that a test may damage."""
-    import shutil
     return Path(shutil.copytree(toy, tmp_path / "toy"))
 
 

@@ -9,6 +9,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 import model as M
+from conftest import needs_compiler
 from data import DataError
 from model import (CPFCTE, ClassifierConfig, ContextFusion, DeepLabv2, SegmenterConfig,
                    classification_loss, pool_patches)
@@ -310,6 +311,7 @@ def test_checkpoints_describe_themselves_and_name_what_is_wrong(tmp_path):
         M.load_checkpoint(path, "cls")
 
 
+@needs_compiler
 def test_a_compiled_cnn_gives_the_same_logits_and_gradients():
     torch.manual_seed(0)
     model = DeepLabv2(SegmenterConfig(4, "resnet_toy", scales=(1.0,)))
