@@ -57,7 +57,7 @@ $(TOY)/image_labels.txt: | .venv/ready
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet -r requirements.txt
 	.venv/bin/pip install --quiet pydensecrf2 > .venv/pydensecrf2.log 2>&1 || \
-		echo "pydensecrf2 cannot be built here (.venv/pydensecrf2.log): extras/crf.py computes the CRF"
+		echo "pydensecrf2 cannot be built here (.venv/pydensecrf2.log): support/crf.py computes the CRF"
 	touch $@
 
 clean:

@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from data import IGNORE, DataError, Folder
-from make_pseudo import (Images, add_crf_flags, claim, constants_of, crf_settings, dense_crf,
-                         digest, score_masks, upsample, write_all)
-from model import build, join_processes, load_checkpoint
+from data import IGNORE, Folder, Images
+from model import build, upsample
+from support.crf import add_crf_flags, constants_of, crf_settings, dense_crf
+from support.run import (DataError, atomic, claim, digest, in_parallel, join_processes, load_checkpoint,
+                         parse, run, stage_parser, write_lines)
 
 IGNORE_POLICY = "pixels whose truth is 255 are left out; a predicted 255 is a miss"
 CHUNK, MAX_CLASSES = 16, 21  # classes upsampled at once; classes that the CRF is over, at most
@@ -35,7 +36,7 @@ CELL, ROWS = 150, 6  # the figure: pixels a side of one picture, and how many im
 
 def parse_args(argv=None):
     """The flags of stage 4."""
-    parser = data.stage_parser(__doc__)
+    parser = stage_parser(__doc__)
     add = parser.add_argument
     add("--split", help="split to predict and score")
     add("--masks", type=Path, help="score this folder of ID.png instead of predicting")
@@ -44,7 +45,7 @@ def parse_args(argv=None):
     add("--export", action="store_true", help=f"write RUN/{EXPORT}/ID.png for VOC's test server "
         "and do not score; --split test")
     add_crf_flags(parser, default="none")
-    args = data.parse(parser, "evaluate", argv, needed=())
+    args = parse(parser, "evaluate", argv, needed=())
     if args.image and not (args.run and args.out):
         parser.error("--image needs --run and --out")
     if args.image and (args.out.suffix != ".png" or args.out.resolve() == args.image.resolve()):
@@ -113,6 +114,65 @@ def predictions(logits, image, crf):
 
 # --- scores ------------------------------------------------------------------------------------
 
+def confusion_matrix(prediction, truth, num_classes):
+    """(C, C + 1) int64 pixel counts: row true class, column predicted class, last column ignore.
+
+    Pixels whose truth is 255 are left out; a predicted 255 counts as a miss of the true class.
+    """
+    scored = truth != IGNORE
+    column = np.minimum(prediction[scored].astype(np.int64), num_classes)
+    cell = truth[scored].astype(np.int64) * (num_classes + 1) + column
+    counts = np.bincount(cell, minlength=num_classes * (num_classes + 1))
+    return counts.reshape(num_classes, num_classes + 1)
+
+
+def iou_per_class(confusion):
+    """(C,) float64 TP / (TP + FP + FN); NaN for classes that the ground truth does not hold."""
+    true_positive = np.diagonal(confusion).astype(float)
+    union = confusion.sum(1) + confusion[:, :-1].sum(0) - true_positive
+    occurs = confusion.sum(1) > 0
+    return np.where(occurs, true_positive / np.maximum(union, 1), np.nan)
+
+
+def confusion_of(mask_path, truth_path, num_classes):
+    """One image's confusion matrix; runs in a worker process."""
+    truth = data.read_mask(truth_path, num_classes)
+    mask = data.read_mask(mask_path, num_classes, size=truth.shape[::-1])
+    return confusion_matrix(mask, truth, num_classes)
+
+
+def score_masks(folder, ids, directory, workers=0):
+    """(confusion (C, C + 1), images scored): directory's masks against those that folder has."""
+    C = len(folder.classes)
+    jobs = [(directory / f"{i}.png", folder.mask_path(i), C) for i in ids
+            if folder.mask_path(i).is_file()]
+    return sum(in_parallel(confusion_of, jobs, workers), np.zeros((C, C + 1), np.int64)), len(jobs)
+
+
+def save_masks(masks, paths):
+    """Write each mask; runs in a worker process."""
+    for mask, path in zip(masks, paths):
+        data.save_mask(path, mask)
+
+
+def compute_and_save(compute, inputs, paths):
+    """Write the masks compute(*inputs); runs in a worker process."""
+    save_masks(compute(*inputs), paths)
+
+
+def write_all(compute, jobs, workers, device, crf):
+    """Write the masks compute(*inputs) of every (inputs, paths) job; yields after each job.
+
+    On a GPU this process computes and the workers write; on a CPU the workers do both.
+    """
+    if device.type == "cuda" and (crf is None or crf["backend"] == "torch"):
+        jobs = ((compute(*inputs), paths) for inputs, paths in jobs)
+        return in_parallel(save_masks, jobs, workers)
+    jobs = ((compute, [x.cpu().numpy() if torch.is_tensor(x) else x for x in inputs], paths)
+            for inputs, paths in jobs)  # arrays: tensors do not travel well to other processes
+    return in_parallel(compute_and_save, jobs, workers)
+
+
 def part_recall(folder, ids, directory):
     """{part name: share of its pixels whose prediction is the true class}, from Parts/."""
     names = (folder.root / "Parts/names.txt").read_text().split()
@@ -143,7 +203,7 @@ def score(folder, split, directory, about, workers):
     if not scored:
         raise DataError(f"no ground truth to score: {folder.root}/SegmentationClass has none of "
                         f"the masks of {split}")
-    iou = data.iou_per_class(confusion)
+    iou = iou_per_class(confusion)
     results = dict(about, split=split, num_images=scored, miou=float(np.nanmean(iou)),
                    iou={n: None if np.isnan(v) else float(v) for n, v in zip(folder.classes, iou)},
                    pixel_accuracy=float(np.trace(confusion) / confusion.sum()),
@@ -216,7 +276,7 @@ def grid(title, headings, rows):
 
 def save_picture(picture, path):
     """Write a PNG, atomically."""
-    with data.atomic(path) as temporary:
+    with atomic(path) as temporary:
         picture.save(temporary, format="PNG")
 
 
@@ -272,7 +332,7 @@ def main(args):
         about = dict(checkpoint=None, masks=str(args.masks), crf=made.get("crf"),
                      image_labels_used=made.get("image_labels_used"), seed=made.get("seed"))
         results = score(Folder(args.data), args.split, args.masks, about, args.workers)
-        data.write_lines(args.masks / "results.json", [json.dumps(results)])
+        write_lines(args.masks / "results.json", [json.dumps(results)])
         return
     device, _, _ = join_processes()
     crf = crf_settings(args, device)
@@ -306,7 +366,7 @@ def main(args):
         for path in (args.run / EXPORT).glob("*.png"):
             path.unlink()  # of another split
         for image_id in ids:
-            with data.atomic(args.run / EXPORT / f"{image_id}.png") as temporary:
+            with atomic(args.run / EXPORT / f"{image_id}.png") as temporary:
                 shutil.copyfile(pred / f"{image_id}.png", temporary)
         print(f"written: {len(ids):,} masks of {args.split}, CRF: {'yes' if crf else 'no'}; upload "
               f"the archive of `tar czf results.tgz -C {args.run} results`")
@@ -314,10 +374,10 @@ def main(args):
 
     # --- score ---
     results = score(folder, args.split, pred, about, args.workers)
-    data.write_lines(args.run / "results.json", [json.dumps(results)])
+    write_lines(args.run / "results.json", [json.dumps(results)])
     print(f"written: {pred}, {args.run}/results.json")
     draw_figure(model, folder, args, device, crf)
 
 
 if __name__ == "__main__":
-    data.run(main, parse_args())
+    run(main, parse_args())

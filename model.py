@@ -6,19 +6,17 @@ Read CPFCTE.forward first: it is the paper's Fig. 2 from left to right, Eq. (1) 
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import dataclass
 
 import timm
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from data import DataError, atomic
+from support.run import DataError
 
 
 # --- backbones ---------------------------------------------------------------------------------
@@ -249,6 +247,11 @@ def pool_patches(patch_probs, pool="topk", top_k=6):
     return Y.topk(K, dim=1).values.mean(dim=1)  # Eq. (8): mean of the K largest scores
 
 
+def upsample(maps, height, width):
+    """(P, h, w) -> (P, height, width), bilinear; maps that sum to one still do."""
+    return F.interpolate(maps[None], (height, width), mode="bilinear", align_corners=False)[0]
+
+
 def classification_loss(scores, image_labels):
     """Eq. (9): binary cross-entropy between s and y, (B, C) each, mean over classes and images."""
     s, y = scores.float().clamp(1e-6, 1 - 1e-6), image_labels
@@ -311,34 +314,6 @@ class DeepLabv2(nn.Module):
                 module.requires_grad_(False)
 
 
-# --- checkpoints and processes -----------------------------------------------------------------
-
-MADE_BY = {"cls": "train_cls.py", "seg": "train_seg.py"}
-
-
-def save_checkpoint(path, kind, model, **content):
-    """Write a file that describes itself: what it is, its config and weights, and `content`."""
-    with atomic(path) as temporary:
-        torch.save({"kind": kind, "config": asdict(model.config), "model": model.state_dict(),
-                    **content}, temporary)
-
-
-def load_checkpoint(path, kind):
-    """The dictionary that save_checkpoint wrote, on the CPU; kind is "cls" or "seg"."""
-    if not path.is_file():
-        raise DataError(f"{path} not found: run {MADE_BY[kind]} first")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and torch each have their own
-        raise DataError(f"{path} is not a readable checkpoint ({type(error).__name__}): "
-                        f"run {MADE_BY[kind]} again")
-    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-    if found != kind:
-        raise DataError(f"{path} is no {kind} checkpoint but {found or 'something else'}: "
-                        f"{MADE_BY[kind]} writes one")
-    return checkpoint
-
-
 def build(checkpoint):
     """The network of a checkpoint, with its weights, ready to use."""
     config, model = {"cls": (ClassifierConfig, CPFCTE),
@@ -348,18 +323,3 @@ def build(checkpoint):
     return network.eval()
 
 
-def join_processes():
-    """(device, rank, world): this process's place under torchrun (nccl or gloo), or alone."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    torch.set_flush_denormal(True)  # a CPU is several times slower on the tiniest gradients
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise DataError(f"--nproc-per-node is more than the {torch.cuda.device_count()} GPUs")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    if world > 1:  # the long timeout: ranks wait while others finish their CRFs or rank 0 scores
-        cuda = dict(backend="nccl", device_id=device) if device.type == "cuda" else {}
-        dist.init_process_group(**{"backend": "gloo", **cuda}, timeout=timedelta(hours=12))
-    return device, rank, world

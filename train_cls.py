@@ -6,37 +6,32 @@ Reads:  JPEGImages/, image_labels.txt, classes.txt and the splits; never a mask
 Writes: RUN/cls.pt after every epoch (weights, config, classes, arguments, optimiser), RUN/log.jsonl
         DATA/cache/SPLIT-SIZE-*.npy, the decoded images, with --cache
 """
-import hashlib
 import math
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2.functional import rgb_to_grayscale
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from data import DataError, Folder
-from model import (CPFCTE, ClassifierConfig, classification_loss, join_processes, load_checkpoint,
-                   pool_patches, save_checkpoint)
+from data import Folder, LabelledImages, augment
+from model import CPFCTE, ClassifierConfig, classification_loss, pool_patches
+from support.run import (READ_EVERY, DataError, check_resume, join_processes, load_checkpoint, log,
+                         parse, plain, positive, read_losses, run, save_checkpoint, training_parser)
 
 STAGE = "train_cls"
-JITTER = 0.3  # brightness, contrast and saturation change by up to this share
-READ_EVERY = 20  # steps between two looks at the loss: each look waits for the GPU
 
 
 def parse_args(argv=None):
     """The flags of stage 1."""
-    parser = data.training_parser(__doc__)
+    parser = training_parser(__doc__)
     add = parser.add_argument
     add("--train-split", help="split whose images and image labels are trained on")
     add("--val-split", help="split whose image labels score each epoch; none: no score")
-    add("--size", type=data.positive,
+    add("--size", type=positive,
         help="images are resized to SIZE x SIZE, aspect ratio not kept")
     add("--backbone", help="any ViT of timm (or vit_toy); its patch tokens are P in Eq. (1)")
     add("--class-tokens", choices=("soft", "all", "append", "none"), default="soft",
@@ -45,15 +40,15 @@ def parse_args(argv=None):
     add("--context", choices=("hv", "raster", "none"), default="hv", help="Eq. (3) to (6). hv: "
         "along rows and columns; raster: along the row-major sequence; none: Table 4")
     add("--pool", choices=("topk", "max", "avg"), default="topk", help="Eq. (8), Table 5")
-    add("--top-k", type=data.positive, default=6,
+    add("--top-k", type=positive, default=6,
         help="K in Eq. (8): 1 is max pooling, all patches is average pooling")
     add("--dropout", type=float, default=0.2, help="before the BiLSTM and before the classifier")
     add("--cache", action="store_true", help="decode and resize every image only once, into one "
         "file per split in DATA/cache (VOC at 384: 5.3 GB); all runs share it, with equal results")
     add("--augment", nargs="*", choices=("flip", "jitter", "vflip", "transpose"),
         default=["flip", "jitter"], help="the last two are ViT-PCM's, off in this repository")
-    add("--epochs", type=data.positive, help="passes over the training images")
-    add("--batch-size", type=data.positive, help="images of one step, over all ranks together")
+    add("--epochs", type=positive, help="passes over the training images")
+    add("--batch-size", type=positive, help="images of one step, over all ranks together")
     add("--frozen-epochs", type=int, help="first epochs, in which the backbone does not learn")
     add("--train-blocks", type=int, help="last transformer blocks that learn after that; all of "
         "them: the whole backbone, embeddings included")
@@ -61,85 +56,7 @@ def parse_args(argv=None):
         "epochs, --late-lr after; cosine: a warm-up of one epoch to --lr, then down to --late-lr")
     add("--lr", type=float, help="Adam's learning rate at first")
     add("--late-lr", type=float, help="Adam's learning rate later")
-    return data.parse(parser, STAGE, argv)
-
-
-class LabelledImages(Dataset):
-    """(index, draw) -> image (3, S, S) uint8, labels (C,), index, draw."""
-
-    def __init__(self, folder, ids, size):
-        self.folder, self.ids, self.size, self.cache = folder, ids, size, None
-        self.labels = torch.stack([folder.image_labels(i) for i in ids])  # fails early, by name
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, item):
-        index, draw = item
-        if self.cache:  # opened anew each time: an open one would travel whole to a spawned worker
-            image = torch.from_numpy(np.array(np.load(self.cache, mmap_mode="r")[index]))
-        else:
-            image = data.read_image(self.folder.image_path(self.ids[index]))
-            image = data.to_tensor(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
-        return image, self.labels[index], index, draw
-
-    def in_order(self, batch_size, workers):
-        """A loader of all images, one after the other."""
-        chunks = torch.arange(len(self)).split(batch_size)
-        return DataLoader(self, num_workers=workers, persistent_workers=workers > 0,
-                          batch_sampler=[[(int(i), 0) for i in chunk] for chunk in chunks])
-
-    def use_cache(self, split, workers, rank, world):
-        """Read the images from ROOT/cache/SPLIT-SIZE-*.npy, which rank 0 writes if need be.
-
-        The * is a fingerprint of the ids and the files' sizes in bytes: other images, other name.
-        """
-        paths = [self.folder.image_path(i) for i in self.ids]
-        facts = [(i, path.stat().st_size if path.is_file() else 0)
-                 for i, path in zip(self.ids, paths)]
-        fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
-        path = self.folder.root / "cache" / f"{split}-{self.size}-{fingerprint}.npy"
-        if rank == 0 and not path.is_file():
-            for leftover in path.parent.glob(f".{split}-{self.size}-*.tmp"):
-                if time.time() - leftover.stat().st_mtime > 24 * 3600:  # of a killed run
-                    leftover.unlink(missing_ok=True)
-            header = dict(descr="|u1", fortran_order=False,
-                          shape=(len(self), 3, self.size, self.size))
-            with data.atomic(path) as temporary, open(temporary, "wb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for images, *_ in tqdm(self.in_order(16, workers), desc=f"cache {split}",
-                                       disable=None):
-                    file.write(images.numpy())
-            for outdated in {*path.parent.glob(f"{split}-{self.size}-*.npy")} - {path}:
-                outdated.unlink(missing_ok=True)
-        if world > 1:
-            dist.barrier()
-        self.cache = path
-
-
-def augment(images, seed, draws, names):
-    """(B, 3, S, S) in [0, 1] -> the same, each changed in the named ways as its draw alone says."""
-    chances = torch.stack([torch.rand(6, generator=torch.Generator().manual_seed(
-        seed * 1_000_003 + draw)) for draw in draws.tolist()])
-    chances = chances.to(images.device, non_blocking=True)  # nothing here waits for the GPU
-    flip, vflip, transpose, *factors = chances.T.reshape(6, -1, 1, 1, 1)
-    if "flip" in names:
-        images = torch.where(flip < 0.5, images.flip(3), images)
-    if "vflip" in names:
-        images = torch.where(vflip < 0.5, images.flip(2), images)
-    if "transpose" in names:
-        images = torch.where(transpose < 0.5, images.transpose(2, 3), images)
-    if "jitter" in names:  # not in the paper; the strength is ours
-        images = jitter(images, *(1 + JITTER * (2 * factor - 1) for factor in factors))
-    return images
-
-
-def jitter(images, brightness, contrast, saturation):
-    """torchvision's three adjustments in this order, with a factor (B, 1, 1, 1) for each image."""
-    images = (images * brightness).clamp_(0, 1)
-    mean = rgb_to_grayscale(images).mean(dim=(1, 2, 3), keepdim=True)
-    images = torch.lerp(mean, images, contrast).clamp_(0, 1)
-    return torch.lerp(rgb_to_grayscale(images), images, saturation).clamp_(0, 1)
+    return parse(parser, STAGE, argv)
 
 
 def learning_rate(args, step, steps_per_epoch):
@@ -180,34 +97,6 @@ def validate(model, loader, args, device):
         scores.append(pool_patches(patch_probs, args.pool, args.top_k).cpu())
     model.train()
     return multi_label_scores(torch.cat(scores).numpy(), loader.dataset.labels.numpy())
-
-
-def read_losses(recent, where, way_out):
-    """The losses of [(tensor, samples)] as numbers; one that is not finite names its samples."""
-    losses = torch.stack([loss for loss, _ in recent]).tolist()
-    for loss, (_, samples) in zip(losses, recent):
-        if not math.isfinite(loss):
-            raise DataError(f"the loss is {loss} {where}, images {', '.join(samples)}: {way_out}")
-    return losses
-
-
-def plain(args):
-    """The arguments of a run as checkpoints keep them: paths as strings."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-
-
-def check_resume(checkpoint, args, path, **facts):
-    """Refuse to go on with other flags, or on other data, than the checkpoint was made with."""
-    for name, value in facts.items():
-        if checkpoint[name] != value:
-            raise DataError(f"{path} was made with other {name}: choose another --run, or "
-                            "--overwrite")
-    free = {"data", "run", "preset", "workers", "amp", "compile", "cache", "weights",
-            "pretrained", "resume", "overwrite"}
-    for name, old in checkpoint["args"].items():
-        if name not in free and plain(args).get(name) != old:
-            raise DataError(f"{path} was made with --{name.replace('_', '-')} {old}, now it is "
-                            f"{plain(args).get(name)}: choose another --run, or --overwrite")
 
 
 def main(args):
@@ -296,10 +185,10 @@ def main(args):
                            else (None, None))
             save_checkpoint(path, "cls", model, classes=folder.classes, ids=ids,
                             epoch=epoch + 1, args=plain(args), optimizer=optimizer.state_dict())
-            data.log(args.run, STAGE, epoch=epoch + 1, of=args.epochs, loss=float(mean_loss),
+            log(args.run, STAGE, epoch=epoch + 1, of=args.epochs, loss=float(mean_loss),
                      lr=lr, val_f1=f1, val_map=mean_ap, images_s=speed)
         losses, began = [], time.time()
 
 
 if __name__ == "__main__":
-    data.run(main, parse_args())
+    run(main, parse_args())

@@ -15,16 +15,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-from data import IGNORE, DataError, Folder
-from evaluate import predict, predict_logits
-from model import DeepLabv2, SegmenterConfig, join_processes, load_checkpoint, save_checkpoint
-from train_cls import READ_EVERY, check_resume, plain, read_losses
+from data import IGNORE, Folder, MaskedImages
+from evaluate import confusion_matrix, iou_per_class, predict, predict_logits
+from model import DeepLabv2, SegmenterConfig
+from support.run import (READ_EVERY, DataError, check_resume, join_processes, load_checkpoint, log,
+                         parse, plain, positive, read_losses, run, save_checkpoint, training_parser,
+                         write_lines)
 
 STAGE = "train_seg"
 MOMENTUM, WEIGHT_DECAY, POLY_POWER = 0.9, 5e-4, 0.9
@@ -32,7 +33,7 @@ MOMENTUM, WEIGHT_DECAY, POLY_POWER = 0.9, 5e-4, 0.9
 
 def parse_args(argv=None):
     """The flags of stage 3."""
-    parser = data.training_parser(__doc__)
+    parser = training_parser(__doc__)
     add = parser.add_argument
     add("--train-split", help="split whose images and pseudo masks are trained on")
     add("--val-split", help="split that scores the network at every save; none: no score")
@@ -42,51 +43,15 @@ def parse_args(argv=None):
     add("--scales", type=float, nargs="+", help="input scales that the loss and the maximum are "
         "over; the first is the reference")
     add("--rescale", type=float, nargs=2, help="range of the random rescaling in training")
-    add("--crop", type=data.positive, help="side of the random crop in pixels")
-    add("--batch-size", type=data.positive, help="images of one iteration, over all ranks together")
-    add("--iterations", type=data.positive, help="optimiser steps; the poly decay ends there")
-    add("--save-every", type=data.positive, help="iterations between two checkpoints")
+    add("--crop", type=positive, help="side of the random crop in pixels")
+    add("--batch-size", type=positive, help="images of one iteration, over all ranks together")
+    add("--iterations", type=positive, help="optimiser steps; the poly decay ends there")
+    add("--save-every", type=positive, help="iterations between two checkpoints")
     add("--lr", type=float, help="of the backbone, before the poly decay")
     add("--aspp-lr", type=float, help="of ASPP's weights, times --lr; its biases get twice that")
     add("--freeze-bn", action=argparse.BooleanOptionalAction,
         help="keep the batch norms of the ImageNet weights")
-    return data.parse(parser, STAGE, argv)
-
-
-class MaskedImages(Dataset):
-    """(index, draw) -> image (3, S, S) uint8, mask (S, S) int64, both cut out at random, index."""
-
-    def __init__(self, folder, ids, masks, crop, rescale, seed, fill):
-        self.folder, self.ids, self.masks = folder, ids, masks
-        self.crop, self.rescale, self.seed, self.fill = crop, rescale, seed, fill
-        for image_id in ids:
-            if not (masks / f"{image_id}.png").is_file():
-                raise DataError(f"{masks}/{image_id}.png not found: run make_pseudo.py first")
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, item):
-        index, draw = item
-        image = data.read_image(self.folder.image_path(self.ids[index]))
-        mask = data.read_mask(self.masks / f"{self.ids[index]}.png", len(self.folder.classes),
-                              image.size)
-        rng = np.random.default_rng([self.seed, draw])
-        scale = rng.uniform(*self.rescale)
-        size = [max(1, round(side * scale)) for side in image.size]
-        image = image.resize(size, Image.Resampling.BILINEAR)
-        mask = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
-        # a window of crop x crop at random; what lies outside the image is filled and ignored
-        left, top = (int(rng.integers(min(0, side - self.crop), max(0, side - self.crop) + 1))
-                     for side in size)
-        canvas = Image.new("RGB", (self.crop, self.crop), self.fill)
-        canvas.paste(image, (-left, -top))
-        target = Image.new("L", (self.crop, self.crop), IGNORE)
-        target.paste(mask, (-left, -top))
-        pixels, labels = data.to_tensor(canvas), torch.from_numpy(np.array(target, dtype=np.int64))
-        if rng.random() < 0.5:
-            pixels, labels = pixels.flip(2), labels.flip(1)
-        return pixels, labels, index
+    return parse(parser, STAGE, argv)
 
 
 def parameter_groups(model, lr, aspp_lr):
@@ -131,8 +96,8 @@ def validate(model, folder, ids, args, device):
             image = np.array(data.read_image(folder.image_path(image_id)))
             truth = data.read_mask(folder.mask_path(image_id), C, image.shape[1::-1])
             mask = predict(predict_logits(model, image, device, args.amp), image)
-            confusion += data.confusion_matrix(mask, truth, C)
-    return float(np.nanmean(data.iou_per_class(confusion))) if confusion.any() else None
+            confusion += confusion_matrix(mask, truth, C)
+    return float(np.nanmean(iou_per_class(confusion))) if confusion.any() else None
 
 
 def set_train(model, freeze_bn):
@@ -185,7 +150,7 @@ def main(args):
                                                    args.iterations, rank, world))
 
     # --- train ---
-    data.write_lines(args.run / "preset.txt", [args.preset])  # for evaluate.py --image
+    write_lines(args.run / "preset.txt", [args.preset])  # for evaluate.py --image
     progress = tqdm(loader, initial=step, total=args.iterations,
                     disable=None if rank == 0 else True)
     losses, recent, began = [], [], time.time()
@@ -221,11 +186,11 @@ def main(args):
             set_train(model, args.freeze_bn)
             save_checkpoint(path, "seg", model, **facts, step=step, args=plain(args),
                             optimizer=optimizer.state_dict())
-            data.log(args.run, STAGE, iteration=step, of=args.iterations, loss=float(mean_loss),
+            log(args.run, STAGE, iteration=step, of=args.iterations, loss=float(mean_loss),
                      lr=lr, val_miou=miou, val_images=len(val_ids[:args.val_images]), crf=False,
                      images_s=speed)
         losses, began = [], time.time()
 
 
 if __name__ == "__main__":
-    data.run(main, parse_args())
+    run(main, parse_args())

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import data  # noqa: E402  the six scripts are a folder, not a package
+from support.run import DataError, positive, run as run_main, write_lines  # noqa: E402
 
 # study -> rows: name, the paper's mIoU, flags of train_cls.py, flags of make_pseudo.py
 STUDIES = {
@@ -51,7 +51,7 @@ def parse_args(argv=None):
     add("--flags", default="", help='more flags of every stage: --flags="--preset voc --workers 8"')
     add("--cls-flags", default="", help="more flags of train_cls.py, for every variant")
     add("--seg-flags", default="", help="more flags of train_seg.py, with --full")
-    add("--jobs", type=data.positive, default=1, help="runs at a time, which share CPU and GPU")
+    add("--jobs", type=positive, default=1, help="runs at a time, which share CPU and GPU")
     return parser.parse_args(argv)
 
 
@@ -71,7 +71,7 @@ def call(args, run, script, *flags):
         code = subprocess.call(command, stdout=file, stderr=file, env=env)
     if code:
         last = log.read_text().splitlines()[-1]
-        raise data.DataError(f"{script} ended with code {code} ({log}): {last}")
+        raise DataError(f"{script} ended with code {code} ({log}): {last}")
 
 
 def run_variant(args, cls_flags, pseudo_flags, seed):
@@ -84,7 +84,7 @@ def run_variant(args, cls_flags, pseudo_flags, seed):
     if note.is_file():
         saved = json.loads(note.read_text())
         if saved["settings"] != settings:
-            raise data.DataError(f"{note} is of other data or flags: choose another --out")
+            raise DataError(f"{note} is of other data or flags: choose another --out")
         return saved["scores"]
     run.mkdir(parents=True, exist_ok=True)
     call(args, trained, "train_cls.py", "--seed", seed, "--resume", *flags)
@@ -104,7 +104,7 @@ def run_variant(args, cls_flags, pseudo_flags, seed):
         call(args, run, "train_seg.py", "--seed", seed, "--resume", *shlex.split(args.seg_flags))
         call(args, run, "evaluate.py", "--split", args.split)
         scores["DeepLabv2"] = 100 * json.loads((run / "results.json").read_text())["miou"]
-    data.write_lines(note, [json.dumps(dict(settings=settings, scores=scores, results=results))])
+    write_lines(note, [json.dumps(dict(settings=settings, scores=scores, results=results))])
     print(f"{run}  BPM {scores['BPM']:.1f}  CRF {scores['CRF']:.1f}", flush=True)
     return scores
 
@@ -141,9 +141,9 @@ def main(args):
         lines = table(STUDIES[study], [[scores[cls, seed][pseudo] for seed in args.seeds]
                                        for _, _, cls, pseudo in STUDIES[study]])
         name = f"{args.data.resolve().name}/{study}-{args.split}{'-full' * args.full}.md"
-        data.write_lines(args.out / name, lines)
+        write_lines(args.out / name, lines)
         print(f"\n{study} on {args.data}, {args.split}:", *lines, sep="\n")
 
 
 if __name__ == "__main__":
-    data.run(main, parse_args())
+    run_main(main, parse_args())

@@ -22,7 +22,8 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data, evaluate, make_pseudo, model, train_cls, train_seg  # noqa: E401, E402  no package
+import data, evaluate, model, train_seg  # noqa: E401, E402  no package
+from support import beetles, crf, run  # noqa: E402
 
 SIZES = {False: dict(vit="vit_base_patch16_384", sides=(384, 640, 960, 1280), blocks=5, C=21,
                      cnn="resnet101", crop=321, photo=(500, 375)),
@@ -58,7 +59,7 @@ def row(part, setting, value, unit, note=""):
     print(f"| {part} | {setting} | {value:.4g} | {unit} | {note} |", flush=True)
 
 
-class UsualImages(train_cls.LabelledImages):
+class UsualImages(data.LabelledImages):
     """Stage 1's images as most repositories load them: PIL and numpy, all of it in the worker."""
     change = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3, 0.3)])
 
@@ -71,7 +72,7 @@ class UsualImages(train_cls.LabelledImages):
 
 def bench_loading(args, folder):
     """Stage 1's data path: the usual one, ours, ours with --cache."""
-    ours, speeds = train_cls.LabelledImages, []
+    ours, speeds = data.LabelledImages, []
     for name, kind in (("usual", UsualImages), ("ours", ours), ("ours, --cache", ours)):
         dataset = kind(folder, folder.ids("train"), args.sides[0])
         if "cache" in name:
@@ -82,7 +83,7 @@ def bench_loading(args, folder):
         for step, (images, *rest) in enumerate(loader):
             images = images.to(args.device, non_blocking=True)
             if kind is ours:
-                images = train_cls.augment(images / 255, 0, rest[-1], ("flip", "jitter")) * 2 - 1
+                images = data.augment(images / 255, 0, rest[-1], ("flip", "jitter")) * 2 - 1
             if step == 16:  # those that were loaded ahead are through
                 began = time.perf_counter()
         images.sum().item()  # waits
@@ -149,7 +150,7 @@ def bench_segmenter(args, image):
         net, image, args.device, args.device.type == "cuda"), image))
     row("stage 4, no CRF", "%dx%d" % args.photo, ms, "ms/image")
     pair = torch.randint(0, args.C, (2, *args.photo), dtype=torch.uint8)
-    ms = milliseconds(pair.device, lambda: data.confusion_matrix(*pair.numpy(), args.C))
+    ms = milliseconds(pair.device, lambda: evaluate.confusion_matrix(*pair.numpy(), args.C))
     ratio = ms / milliseconds(pair.device, lambda: multiclass_jaccard_index(
         *pair, args.C, ignore_index=data.IGNORE, validate_args=False))
     row("stage 4, score", "CPU", ms, "ms/image", f"{ratio:.2f} x torchmetrics'")
@@ -157,18 +158,18 @@ def bench_segmenter(args, image):
 
 def bench_crf(args, image):
     """The dense CRF over all classes, as the field runs it, and over three."""
-    names, crf = ("pydensecrf", "torch")[not make_pseudo.densecrf:], make_pseudo.dense_crf
+    names = ("pydensecrf", "torch")[not crf.densecrf:]
     for labels in (args.C, 3):
         maps = 2 * torch.randn(labels, 12, 12, device=args.device)
-        probs = make_pseudo.upsample(maps, *image.shape[:2]).softmax(dim=0)
+        probs = model.upsample(maps, *image.shape[:2]).softmax(dim=0)
         for name in names:
-            ms = milliseconds(args.device, lambda: crf(image, probs, backend=name))
+            ms = milliseconds(args.device, lambda: crf.dense_crf(image, probs, backend=name))
             first = ms if name == names[0] else first
             row(f"CRF, {name}", f"{labels} labels", ms, "ms", f"{ms / first:.2f} x {names[0]}'s")
 
 
 def main(args):
-    args.device, _, _ = model.join_processes()
+    args.device, _, _ = run.join_processes()
     gpu = args.device.type == "cuda"
     args.batches = (16, 10) if gpu or args.quick else (2, 2)
     args.amp = torch.autocast(args.device.type, torch.bfloat16, gpu)
@@ -180,7 +181,7 @@ def main(args):
     args.ceiling = 2 * side ** 3 / 1e9 / milliseconds(args.device, lambda: matrix @ matrix)
     row("matrix product", f"{side}x{side}", args.ceiling, "TFLOP/s", "the ceiling")
     with tempfile.TemporaryDirectory() as root:
-        data.make_toy(Path(root), (16, 1, 1))
+        beetles.make_toy(Path(root), (16, 1, 1))
         for path in sorted(Path(root).glob("JPEGImages/*")):
             data.read_image(path).resize(args.photo, Image.Resampling.BICUBIC).save(path)
         folder = data.Folder(root)  # its third image has about a photograph's lattice
@@ -196,4 +197,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    data.run(main, parse_args())
+    run.run(main, parse_args())

@@ -20,9 +20,10 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import data  # noqa: E402  the six scripts are a folder, not a package
 from ablate import STUDIES, folder_name  # noqa: E402
-from data import DataError, Folder  # noqa: E402
-from make_pseudo import Images, batch_of, confusion_of, in_parallel  # noqa: E402
-from model import build, classification_loss, load_checkpoint, pool_patches  # noqa: E402
+from data import Folder, Images, batch_of  # noqa: E402
+from evaluate import confusion_of, iou_per_class  # noqa: E402
+from model import build, classification_loss, pool_patches  # noqa: E402
+from support.run import DataError, atomic, in_parallel, load_checkpoint, run as run_main  # noqa: E402
 
 PROBE_IMAGES, PROBE_PASSES = 512, 20  # of the classifier that reads the tokens before the CF-BiLSTM
 
@@ -58,7 +59,7 @@ def scored_runs(args):
 
 def save(figure, path):
     """Write a matplotlib figure as a PNG, atomically."""
-    with data.atomic(path) as temporary:
+    with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=80, bbox_inches="tight")
     plt.close(figure)
     print(f"written: {path}")
@@ -78,7 +79,7 @@ def ranked(args, folder, run, ids):
     means = {}
     for image_id, confusion in zip(ids, in_parallel(confusion_of, jobs, args.workers)):
         if confusion.any():  # else all of its ground truth is 255
-            means[image_id] = float(np.nanmean(data.iou_per_class(confusion)))
+            means[image_id] = float(np.nanmean(iou_per_class(confusion)))
     return dict(sorted(means.items(), key=lambda item: item[1]))
 
 
@@ -211,4 +212,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    data.run(main, parse_args())
+    run_main(main, parse_args())

@@ -26,9 +26,9 @@ BACKENDS = ["torch"] + ["pydensecrf"] * HAS_PYDENSECRF  # of the CRF, those that
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """A toy data set of 24 + 8 + 8 images; tests read it and never write to it."""
-    import data
+    from support import beetles
     root = tmp_path_factory.mktemp("data") / "toy"
-    data.make_toy(root, (24, 8, 8))
+    beetles.make_toy(root, (24, 8, 8))
     return root
 
 

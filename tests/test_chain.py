@@ -17,7 +17,10 @@ import make_pseudo
 import train_cls
 import train_seg
 from conftest import BACKENDS, needs_compiler
-from data import DataError
+from model import upsample
+from support import coco as coco_maker, crf
+from support.beetles import TOY_CLASSES
+from support.run import DataError
 
 ROOT = Path(__file__).parent.parent
 CLS = ("--epochs", "2", "--batch-size", "4")
@@ -64,7 +67,7 @@ def test_the_chain_writes_what_the_readme_says(run, toy):
     results = json.loads((run / "results.json").read_text())
     assert (results["split"], results["num_images"]) == ("test", 8)
     assert results["crf"] is False and results["image_labels_used"] is False
-    assert results["seed"] == 0 and list(results["iou"]) == data.TOY_CLASSES
+    assert results["seed"] == 0 and list(results["iou"]) == TOY_CLASSES
     assert set(results["part_recall"]) == {"body", "head"}
     assert f"mIoU {100 * results['miou']:.2f} %" in output
     assert "BPM, CPF-CTE w/o CRF in Table 1" in output and "CRF, CPF-CTE in Table 1" in output
@@ -111,10 +114,10 @@ def test_same_seed_same_numbers_and_training_sees_no_mask(run, toy, toy_copy, tm
 
 def test_folders_of_masks_know_how_they_were_made(run, toy, toy_copy, capsys):
     run, _ = run
-    for out, crf in (("bpm", False), ("pseudo", True)):
+    for out, refined in (("bpm", False), ("pseudo", True)):
         in_process(evaluate, "--data", toy, "--masks", run / out, "--split", "train")
         results = json.loads((run / out / "results.json").read_text())
-        assert results["crf"] is crf and results["image_labels_used"] is True
+        assert results["crf"] is refined and results["image_labels_used"] is True
         assert results["split"] == "train" and results["num_images"] == 24
     truth = toy_copy / "SegmentationClass"
     in_process(evaluate, "--data", toy_copy, "--masks", truth, "--split", "val")
@@ -152,7 +155,7 @@ def test_export_for_vocs_server_needs_no_ground_truth(run, toy_copy, tmp_path):
 
 
 def test_coco_goes_through_all_four_stages(coco, tmp_path):
-    data.make_coco(coco, train_masks=True, counts={"train": (5, 4), "val": (3, 2)})
+    coco_maker.make_coco(coco, train_masks=True, counts={"train": (5, 4), "val": (3, 2)})
     where = ("--data", coco, "--run", tmp_path, "--workers", "0")
     tiny = ("--no-pretrained", "--batch-size", "2")
     in_process(train_cls, *where, *tiny, "--backbone", "vit_toy", "--size", "32", "--epochs", "1")
@@ -173,7 +176,7 @@ def test_prediction_in_chunks_is_the_argmax_of_the_whole():
     for C in (1, 9, 16, 17, 81):
         logits = torch.randn(C, 9, 13)
         logits[C // 2] = logits[0]  # a tie: the first wins
-        whole = make_pseudo.upsample(logits, 64, 97).argmax(0).numpy()
+        whole = upsample(logits, 64, 97).argmax(0).numpy()
         assert np.array_equal(evaluate.predict(logits, image), whole)
 
 
@@ -185,8 +188,8 @@ def test_crf_over_the_classes_that_are_best_somewhere_is_that_over_all():
     logits[6:] -= 9  # six classes compete, as they do after training, ...
     logits[20] = logits[:6].mean(dim=0)  # ... and one is never best, but never far
     kept = evaluate.predict(logits, image, {})
-    probs = make_pseudo.upsample(logits, 120, 160).softmax(0).numpy()
-    every = make_pseudo.dense_crf(image, probs).argmax(0)
+    probs = upsample(logits, 120, 160).softmax(0).numpy()
+    every = crf.dense_crf(image, probs).argmax(0)
     assert 20 not in np.unique(probs.argmax(0))
     assert (kept == every).mean() > 0.98
     assert (kept != probs.argmax(0)).mean() > 0.01  # the CRF does something here
@@ -372,7 +375,7 @@ def test_each_mistake_of_the_later_stages_is_named(run, toy, toy_copy, tmp_path)
     with pytest.raises(DataError, match="other classes"):
         in_process(evaluate, *where, toy_copy)
     shutil.rmtree(toy_copy / "SegmentationClass")
-    (toy_copy / "classes.txt").write_text("\n".join(data.TOY_CLASSES))
+    (toy_copy / "classes.txt").write_text("\n".join(TOY_CLASSES))
     with pytest.raises(DataError, match="no ground truth"):
         in_process(evaluate, "--data", toy_copy, "--masks", run / "pred", "--split", "test")
 

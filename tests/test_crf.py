@@ -1,4 +1,4 @@
-"""extras/crf.py against pydensecrf on photographs, and its lattice against what defines one."""
+"""support/crf.py against pydensecrf on photographs, and its lattice against what defines one."""
 import argparse
 import itertools
 
@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import data
-import make_pseudo
+
 from conftest import HAS_PYDENSECRF
-from data import DataError
-from extras import crf
-from make_pseudo import dense_crf
+from support.run import DataError
+from support import crf, run
+from support.crf import dense_crf
 
 FIELD = [(67, 3, 4), (50, 5, 10), (80, 13, 10), (121, 5, 4)]  # bilateral sxy, srgb, compat
 needs_pydensecrf = pytest.mark.skipif(not HAS_PYDENSECRF, reason="the oracle is not installed")
@@ -125,16 +124,16 @@ def test_a_lattice_too_fine_for_its_keys_is_refused():
         dense_crf(image, soft_regions(2, 64, 64), backend="torch", bilateral_srgb=0.001)
     for text in ("0", "-3", "1e-6", "nan", "inf", "x"):
         with pytest.raises(argparse.ArgumentTypeError, match="no number from 0.001 up"):
-            data.deviation(text)
-    assert data.deviation("67") == 67
+            run.deviation(text)
+    assert run.deviation("67") == 67
 
 
 def test_without_pydensecrf_auto_is_torch_and_asking_for_it_names_the_way_out(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert make_pseudo.crf_backend("auto", cuda) == "torch"
-    assert make_pseudo.crf_backend("auto", cpu) == ("pydensecrf" if HAS_PYDENSECRF else "torch")
-    monkeypatch.setattr(make_pseudo, "densecrf", None)
-    assert make_pseudo.crf_backend("auto", cpu) == "torch"
+    assert crf.crf_backend("auto", cuda) == "torch"
+    assert crf.crf_backend("auto", cpu) == ("pydensecrf" if HAS_PYDENSECRF else "torch")
+    monkeypatch.setattr(crf, "densecrf", None)
+    assert crf.crf_backend("auto", cpu) == "torch"
     image, probs = np.zeros((9, 8, 3), np.uint8), soft_regions(3, 9, 8)
     assert np.array_equal(dense_crf(image, probs), dense_crf(image, probs, backend="torch"))
     with pytest.raises(DataError, match="--crf torch gives the same labels"):
@@ -143,5 +142,5 @@ def test_without_pydensecrf_auto_is_torch_and_asking_for_it_names_the_way_out(mo
 
 def test_the_scripts_start_where_pydensecrf_is_missing(script, tmp_path):
     (tmp_path / "pydensecrf.py").write_text("raise ImportError('as if it were not installed')")
-    code = "import evaluate, make_pseudo; print(make_pseudo.densecrf)"
+    code = "import evaluate, make_pseudo, support.crf; print(support.crf.densecrf)"
     assert script("-c", code, env={"PYTHONPATH": str(tmp_path)})[1].strip() == "None"

@@ -9,7 +9,10 @@ from PIL import Image
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
 import data
-from data import DataError, Folder
+from data import Folder
+import evaluate
+from support import beetles, coco as coco_maker, voc as voc_maker
+from support.run import DataError
 
 
 # --- masks and the score -----------------------------------------------------------------------
@@ -33,17 +36,17 @@ def test_mask_round_trip_keeps_numbers_and_shows_colours(tmp_path):
 def test_miou_by_hand_with_255_on_either_side():
     truth = np.array([[0, 0, 1, 1, 255, 1]], np.uint8)
     guess = np.array([[0, 1, 1, 255, 1, 1]], np.uint8)
-    confusion = data.confusion_matrix(guess, truth, 3)
+    confusion = evaluate.confusion_matrix(guess, truth, 3)
     # background: TP 1, FN 1; class 1: TP 2, FP 1, the predicted 255 is a miss; class 2 is absent
     assert confusion.tolist() == [[1, 1, 0, 0], [0, 2, 0, 1], [0, 0, 0, 0]]
-    iou = data.iou_per_class(confusion)
+    iou = evaluate.iou_per_class(confusion)
     assert iou[:2].tolist() == [1 / 2, 2 / 4] and np.isnan(iou[2])
 
 
 def test_iou_is_that_of_torchmetrics():
     truth, guess = torch.randint(0, 5, (2, 40, 50), generator=torch.Generator().manual_seed(0))
     truth[:4] = 255
-    ours = data.iou_per_class(data.confusion_matrix(guess.numpy(), truth.numpy(), 5))
+    ours = evaluate.iou_per_class(evaluate.confusion_matrix(guess.numpy(), truth.numpy(), 5))
     theirs = multiclass_jaccard_index(guess, truth, 5, average="none", ignore_index=255)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
@@ -55,7 +58,7 @@ def test_confusion_matrix_by_loops():
     for t, g in zip(truth.ravel(), guess.ravel()):
         if t != 255:
             expected[t, g if g != 255 else 4] += 1
-    assert np.array_equal(data.confusion_matrix(guess, truth, 4), expected)
+    assert np.array_equal(evaluate.confusion_matrix(guess, truth, 4), expected)
 
 
 # --- batches -----------------------------------------------------------------------------------
@@ -158,29 +161,29 @@ def test_the_scenes_are_the_same_on_every_machine():
     digest = hashlib.sha256()
     for split in range(3):
         for index in range(20):
-            _, mask, parts = data.toy_scene(split, index)
+            _, mask, parts = beetles.toy_scene(split, index)
             digest.update(mask.tobytes() + parts.tobytes())
     assert digest.hexdigest()[:16] == "04b9edf999845a6b"
 
 
 def test_a_beetle_is_the_pair_of_pattern_and_head():
-    assert len(data.TOY_CLASSES) == 9 and len(set(data.TOY_CLASSES)) == 9
+    assert len(beetles.TOY_CLASSES) == 9 and len(set(beetles.TOY_CLASSES)) == 9
     for index in range(40):
-        image, mask, parts = data.toy_scene(0, index)
+        image, mask, parts = beetles.toy_scene(0, index)
         assert ((parts > 0) == ((mask > 0) & (mask < 255))).all()
         for label in np.setdiff1d(mask, [0, 255]):
-            assert (mask == label).sum() >= data.MIN_VISIBLE
+            assert (mask == label).sum() >= beetles.MIN_VISIBLE
             head = image[(mask == label) & (parts == 2)]
             if len(head):
-                red = data.TOY_CLASSES[label].endswith("red")
+                red = beetles.TOY_CLASSES[label].endswith("red")
                 assert (head[:, 0].mean() > head[:, 1].mean()) == red
 
 
 def test_cooccur_changes_the_background_and_nothing_else():
-    assert np.array_equal(data.toy_scene(1, 3)[0], data.toy_scene(1, 3, None)[0])
+    assert np.array_equal(beetles.toy_scene(1, 3)[0], beetles.toy_scene(1, 3, None)[0])
     for index in range(5):
-        plain, mask, parts = data.toy_scene(0, index)
-        image, same_mask, same_parts = data.toy_scene(0, index, 0.5)
+        plain, mask, parts = beetles.toy_scene(0, index)
+        image, same_mask, same_parts = beetles.toy_scene(0, index, 0.5)
         assert np.array_equal(mask, same_mask) and np.array_equal(parts, same_parts)
         assert np.array_equal(plain[parts > 0], image[parts > 0])
         darker = (image < plain).any(-1)[mask == 0].mean()
@@ -189,17 +192,17 @@ def test_cooccur_changes_the_background_and_nothing_else():
 
 def test_cooccur_is_the_probability_of_the_preferred_texture(monkeypatch):
     chosen = []
-    monkeypatch.setattr(data, "toy_texture", lambda name, rng: chosen.append(name) or
+    monkeypatch.setattr(beetles, "toy_texture", lambda name, rng: chosen.append(name) or
                         np.zeros((96, 96), bool))
     first = []
     for index in range(200):
-        shapes = np.random.default_rng([data.TOY_SEED, 0, index, 0])
+        shapes = np.random.default_rng([beetles.TOY_SEED, 0, index, 0])
         first.append(shapes.choice(8, size=shapes.integers(1, 4), replace=False)[0])
     for probability, expected in ((0.0, 1 / 4), (0.5, 5 / 8), (1.0, 1)):
         chosen.clear()
         for index in range(200):
-            data.toy_scene(0, index, probability)
-        kept = np.mean([data.TEXTURES.index(name) == label // 2  # the pattern, not the head
+            beetles.toy_scene(0, index, probability)
+        kept = np.mean([beetles.TEXTURES.index(name) == label // 2  # the pattern, not the head
                         for name, label in zip(chosen, first)])
         assert abs(kept - expected) < 0.09  # 2.6 standard deviations at 5/8
     with pytest.raises(SystemExit):
@@ -208,14 +211,14 @@ def test_cooccur_is_the_probability_of_the_preferred_texture(monkeypatch):
 
 def test_beetles_of_two_kinds_are_not_mixed_in_one_folder(tmp_path):
     for root, other in ((tmp_path / "a", 0.5), (tmp_path / "b", None)):
-        data.make_toy(root, (1, 1, 1), 0.9 if other else 0.0)
-        data.make_toy(root, (2, 1, 1), 0.9 if other else 0.0)
+        beetles.make_toy(root, (1, 1, 1), 0.9 if other else 0.0)
+        beetles.make_toy(root, (2, 1, 1), 0.9 if other else 0.0)
         with pytest.raises(DataError, match="another --cooccur: choose another --root"):
-            data.make_toy(root, (1, 1, 1), other)
+            beetles.make_toy(root, (1, 1, 1), other)
 
 
 def test_fewer_images_are_a_prefix(toy, tmp_path):
-    data.make_toy(tmp_path / "small", (2, 1, 1))
+    beetles.make_toy(tmp_path / "small", (2, 1, 1))
     for path in (tmp_path / "small/JPEGImages").iterdir():
         assert path.read_bytes() == (toy / "JPEGImages" / path.name).read_bytes()
 
@@ -244,7 +247,7 @@ def voc(tmp_path):
 
 def test_voc_labels_and_trainaug_from_xml_and_sbd(voc):
     root, sbd = voc
-    data.make_voc(root, sbd, counts={"train": 2, "val": 1, "trainaug": 4})
+    voc_maker.make_voc(root, sbd, counts={"train": 2, "val": 1, "trainaug": 4})
     folder = Folder(root)
     assert folder.ids("trainaug") == ["a1", "a2", "s1", "s2"]
     assert (root / "image_labels.txt").read_text().splitlines() == [
@@ -256,17 +259,17 @@ def test_voc_labels_and_trainaug_from_xml_and_sbd(voc):
 def test_voc_counts_are_checked_and_sbd_is_optional(voc, capsys):
     root, sbd = voc
     with pytest.raises(DataError, match="train has 2 images, expected 1464"):
-        data.make_voc(root, sbd)
+        voc_maker.make_voc(root, sbd)
     with pytest.raises(DataError, match="trainaug has 4 images, expected 10582"):
-        data.make_voc(root, sbd, counts={"train": 2, "val": 1, "trainaug": 10582})
+        voc_maker.make_voc(root, sbd, counts={"train": 2, "val": 1, "trainaug": 10582})
     assert not (root / "image_labels.txt").exists()
-    data.make_voc(root, counts={"train": 2, "val": 1})
+    voc_maker.make_voc(root, counts={"train": 2, "val": 1})
     assert "2 images of train" in capsys.readouterr().out
     (root / "Annotations/a2.xml").write_text("<annotation>")
     with pytest.raises(DataError, match="a2.xml"):
-        data.make_voc(root, counts={"train": 2, "val": 1})
+        voc_maker.make_voc(root, counts={"train": 2, "val": 1})
     with pytest.raises(DataError, match="train.txt not found"):
-        data.make_voc(root / "elsewhere")
+        voc_maker.make_voc(root / "elsewhere")
 
 
 def test_a_download_that_fails_says_what_to_fetch_by_hand(tmp_path, monkeypatch):
@@ -274,13 +277,13 @@ def test_a_download_that_fails_says_what_to_fetch_by_hand(tmp_path, monkeypatch)
         raise OSError("no route to host")
     monkeypatch.setattr("torchvision.datasets.VOCSegmentation.__init__", refuse)
     with pytest.raises(DataError, match="no route to host.*VOCtrainval_11-May-2012.tar"):
-        data.download_voc(tmp_path, tmp_path / "sbd")
+        voc_maker.download_voc(tmp_path, tmp_path / "sbd")
 
 
 # --- MS COCO -----------------------------------------------------------------------------------
 
 def test_coco_masks_from_polygons_rle_and_crowds(coco):
-    data.make_coco(coco, counts={"train": (5, 4), "val": (3, 2)})
+    coco_maker.make_coco(coco, counts={"train": (5, 4), "val": (3, 2)})
     folder = Folder(coco)
     mask = data.read_mask(folder.mask_path("COCO_val2014_000000000101"), 81, (48, 32))
     expected = np.zeros((32, 48), np.uint8)
@@ -294,7 +297,7 @@ def test_coco_masks_from_polygons_rle_and_crowds(coco):
 
 
 def test_coco_folder_labels_links_and_splits(coco, capsys):
-    data.make_coco(coco, counts={"train": (5, 4), "val": (3, 2)})
+    coco_maker.make_coco(coco, counts={"train": (5, 4), "val": (3, 2)})
     folder = Folder(coco)
     assert "train: 5 images, 4 with an object" in capsys.readouterr().out
     assert len(folder.classes) == 81 and folder.classes[10] == "traffic_light"
@@ -310,23 +313,23 @@ def test_coco_folder_labels_links_and_splits(coco, capsys):
         assert path.is_symlink() and not path.readlink().is_absolute()
         assert data.read_image(path).size == (48, 32)
     assert not folder.mask_path("COCO_train2014_000000000001").exists()
-    data.make_coco(coco, train_masks=True, counts={"train": (5, 4), "val": (3, 2)})
+    coco_maker.make_coco(coco, train_masks=True, counts={"train": (5, 4), "val": (3, 2)})
     assert folder.mask_path("COCO_train2014_000000000001").is_file()
 
 
 def test_what_is_wrong_with_coco_is_named(coco):
     with pytest.raises(DataError, match="has 5 images, 4 with an object; expected 82783 and 82081"):
-        data.make_coco(coco)
+        coco_maker.make_coco(coco)
     counts = {"train": (5, 4), "val": (3, 2)}
     (coco / "train2014/COCO_train2014_000000000002.jpg").unlink()
     with pytest.raises(DataError, match="000000000002.jpg not found: unpack train2014.zip again"):
-        data.make_coco(coco, counts=counts)
+        coco_maker.make_coco(coco, counts=counts)
     assert not (coco / "image_labels.txt").exists()
     path = coco / "annotations/instances_train2014.json"
     for content in ("{", "[]", '{"images": []}'):
         path.write_text(content)
         with pytest.raises(DataError, match="instances_train2014.json is no COCO instances file"):
-            data.make_coco(coco, counts=counts)
+            coco_maker.make_coco(coco, counts=counts)
     for extra in ({}, {"category_id": 12}, {"image_id": 77}):
         entry = dict(image_id=1, category_id=1, area=1, iscrowd=0, segmentation=[]) | extra
         if not extra:
@@ -335,27 +338,27 @@ def test_what_is_wrong_with_coco_is_named(coco):
         content["images"].append(dict(id=1, file_name="x.jpg", height=1, width=1))
         path.write_text(json.dumps(content | {"annotations": [entry]}))
         with pytest.raises(DataError, match="instances_train2014.json is no COCO instances file"):
-            data.make_coco(coco, counts=counts)
+            coco_maker.make_coco(coco, counts=counts)
     path.unlink()
     with pytest.raises(DataError, match="instances_train2014.json not found.*--download"):
-        data.make_coco(coco, counts=counts)
+        coco_maker.make_coco(coco, counts=counts)
 
 
 def test_odd_shapes_of_coco():
     shapes = [[], [np.array([3.0, 3.0])], [np.array([0.0, 0.0, 4.0, 4.0])],  # nothing to fill
               [np.array([0.0, 0.0, 4.0, 0.0, 4.0, 4.0, 0.0, 4.0]), np.array([6.0, 6.0])]]
-    masks = [data.coco_mask([(3, 1, False, shape)], {3: 2}, 8, 8) for shape in shapes]
+    masks = [coco_maker.coco_mask([(3, 1, False, shape)], {3: 2}, 8, 8) for shape in shapes]
     assert [int(mask.sum()) for mask in masks] == [0, 0, 0, 2 * 16]
     with pytest.raises(DataError, match="size"):
-        data.coco_mask([(3, 1, False, dict(size=[4, 4], counts=[0, 16]))], {3: 2}, 8, 8)
+        coco_maker.coco_mask([(3, 1, False, dict(size=[4, 4], counts=[0, 16]))], {3: 2}, 8, 8)
 
 
 def test_coco_archives_are_fetched_once_and_checked(tmp_path, monkeypatch):
     fetched = []
     monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive",
                         lambda url, root, md5, remove_finished: fetched.append((url, len(md5))))
-    data.download_coco(tmp_path)
-    data.download_coco(tmp_path)
+    coco_maker.download_coco(tmp_path)
+    coco_maker.download_coco(tmp_path)
     assert [length for _, length in fetched] == [32] * 3
     assert fetched[0][0] == "http://images.cocodataset.org/zips/train2014.zip"
 

@@ -16,7 +16,8 @@ import make_pseudo
 import patch_grid
 import train_cls
 import train_seg
-from data import DataError
+from support import run
+from support.run import DataError
 
 MODULES = {"train_cls.py": train_cls, "make_pseudo.py": make_pseudo, "train_seg.py": train_seg,
            "evaluate.py": evaluate}
@@ -168,8 +169,8 @@ def test_bound_by_hand(tmp_path, capsys):
     mask[:, 0] = 0
     folder = tmp_path / "one"
     data.save_mask(folder / "SegmentationClass/a.png", mask)
-    data.write_lines(folder / "classes.txt", ["background", "thing"])
-    data.write_lines(folder / "ImageSets/Segmentation/val.txt", ["a"])
+    run.write_lines(folder / "classes.txt", ["background", "thing"])
+    run.write_lines(folder / "ImageSets/Segmentation/val.txt", ["a"])
     patch_grid.main(patch_grid.parse_args(["--data", str(folder), "--sides", "2", "6"]))
     # at 2 both patches are class 1, as labels and as shares (2/3 and 1): background is lost
     coarse, output = 100 * (0 + 30 / 36) / 2, capsys.readouterr().out

@@ -10,7 +10,8 @@ from torch import nn
 
 import model as M
 from conftest import needs_compiler
-from data import DataError
+from support import run
+from support.run import DataError
 from model import (CPFCTE, ClassifierConfig, ContextFusion, DeepLabv2, SegmenterConfig,
                    classification_loss, pool_patches)
 
@@ -299,16 +300,16 @@ def test_checkpoints_describe_themselves_and_name_what_is_wrong(tmp_path):
     model = tiny(class_tokens="append")
     path = tmp_path / "cls.pt"
     with pytest.raises(DataError, match="run train_cls.py first"):
-        M.load_checkpoint(path, "cls")
-    M.save_checkpoint(path, "cls", model, classes=["a"], epoch=1, args={"seed": 0})
-    again = M.build(M.load_checkpoint(path, "cls"))
+        run.load_checkpoint(path, "cls")
+    run.save_checkpoint(path, "cls", model, classes=["a"], epoch=1, args={"seed": 0})
+    again = M.build(run.load_checkpoint(path, "cls"))
     images = torch.rand(1, 3, 96, 96)
     assert again.config == model.config and torch.equal(again(images), model(images))
     with pytest.raises(DataError, match="no seg checkpoint but cls"):
-        M.load_checkpoint(path, "seg")
+        run.load_checkpoint(path, "seg")
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(DataError, match="not a readable checkpoint"):
-        M.load_checkpoint(path, "cls")
+        run.load_checkpoint(path, "cls")
 
 
 @needs_compiler

@@ -4,9 +4,13 @@ import pytest
 import torch
 from PIL import Image
 
-import make_pseudo
 from conftest import BACKENDS
-from make_pseudo import dense_crf, in_parallel, masks_of, present_probs, upsample, write_all
+from evaluate import write_all
+from make_pseudo import masks_of, present_probs
+from model import upsample
+from support import crf
+from support.crf import dense_crf
+from support.run import in_parallel
 
 
 def test_absent_classes_go_and_each_class_is_divided_by_its_maximum():
@@ -44,7 +48,7 @@ def exact_mean_field(image, probs, iterations, kernels):
         K = np.exp(-distance / 2)
         scale = 1 / np.sqrt(K.sum(1))
         message_matrix = message_matrix + weight * scale[:, None] * K * scale[None]
-    unary = -np.log(np.maximum(probs.reshape(C, -1), make_pseudo.PROB_FLOOR)).astype(float)
+    unary = -np.log(np.maximum(probs.reshape(C, -1), crf.PROB_FLOOR)).astype(float)
     def softmax(energy):
         e = np.exp(-(energy - energy.min(0)))
         return e / e.sum(0)

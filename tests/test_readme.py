@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
-MAP = re.findall(r"^\|.*\| `(\w+\.py):([\w.]+)` \|$", README, re.M)
+MAP = re.findall(r"^\|.*\| `([\w/]+\.py):([\w.]+)` \|$", README, re.M)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if ".py" in c])

@@ -12,7 +12,8 @@ from torchvision.transforms.v2 import functional
 import data
 import train_cls
 import train_seg
-from data import DataError, Folder
+from data import Folder
+from support.run import DataError
 from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig
 
 
@@ -44,14 +45,14 @@ def test_multi_label_scores_by_hand():
 def test_augmentation_is_a_function_of_the_draw_alone():
     images, draws = torch.rand(1, 3, 9, 9).expand(8, -1, -1, -1), torch.arange(8)
     names = ["flip", "vflip", "transpose", "jitter"]
-    together = train_cls.augment(images, 5, draws, names)
+    together = data.augment(images, 5, draws, names)
     torch.rand(3)
     for row, draw in enumerate(draws):
-        torch.testing.assert_close(train_cls.augment(images[:1], 5, draw[None], names)[0],
+        torch.testing.assert_close(data.augment(images[:1], 5, draw[None], names)[0],
                                    together[row])
     assert len({image.numpy().tobytes() for image in together}) == 8
-    assert not torch.equal(train_cls.augment(images, 6, draws, names), together)
-    assert torch.equal(train_cls.augment(images, 5, draws, []), images)
+    assert not torch.equal(data.augment(images, 6, draws, names), together)
+    assert torch.equal(data.augment(images, 5, draws, []), images)
 
 
 def test_each_augmentation_does_what_its_name_says():
@@ -59,7 +60,7 @@ def test_each_augmentation_does_what_its_name_says():
     images, draws = image.expand(20, -1, -1, -1), torch.arange(20)
     for name, changed in (("flip", image.flip(2)), ("vflip", image.flip(1)),
                           ("transpose", image.transpose(1, 2))):
-        results = train_cls.augment(images, 0, draws, [name])
+        results = data.augment(images, 0, draws, [name])
         assert all(torch.equal(r, image) or torch.equal(r, changed) for r in results)
         assert 0 < sum(torch.equal(r, changed) for r in results) < 20
 
@@ -67,13 +68,13 @@ def test_each_augmentation_does_what_its_name_says():
 def test_jitter_is_torchvisions_with_a_factor_for_each_image():
     torch.manual_seed(0)
     images, factors = torch.rand(6, 3, 12, 10), 1 + 0.6 * (torch.rand(3, 6) - 0.5)
-    results = train_cls.jitter(images, *factors.view(3, 6, 1, 1, 1))
+    results = data.jitter(images, *factors.view(3, 6, 1, 1, 1))
     for image, result, (brightness, contrast, saturation) in zip(images, results, factors.T):
         expected = functional.adjust_brightness(image, brightness.item())
         expected = functional.adjust_contrast(expected, contrast.item())
         expected = functional.adjust_saturation(expected, saturation.item())
         torch.testing.assert_close(result, expected)
-    changed = train_cls.augment(images, 0, torch.arange(6), ["jitter"])
+    changed = data.augment(images, 0, torch.arange(6), ["jitter"])
     assert 0.02 < (changed - images).abs().mean() < 0.2
 
 
@@ -83,10 +84,10 @@ def test_the_cache_holds_what_is_decoded_and_notices_other_images(toy_copy):
     folder = Folder(toy_copy)
     ids = folder.ids("val")
     def cached(ids, size=48):
-        dataset = train_cls.LabelledImages(folder, ids, size)
+        dataset = data.LabelledImages(folder, ids, size)
         dataset.use_cache("val", 0, 0, 1)
         return dataset
-    plain, fast = train_cls.LabelledImages(folder, ids, 48), cached(ids)
+    plain, fast = data.LabelledImages(folder, ids, 48), cached(ids)
     for index in range(len(ids)):
         for a, b in zip(plain[(index, 7)], fast[(index, 7)]):
             assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
@@ -180,7 +181,7 @@ def test_crops_keep_image_and_mask_together_and_fill_with_ignore(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "JPEGImages/a.jpg", quality=100, subsampling=0)
     data.save_mask(tmp_path / "masks/a.png", (pixels[..., 0] < 100).astype(np.uint8))
     recipe = dict(crop=48, rescale=(0.5, 1.5), seed=0, fill=(128, 128, 128))
-    dataset = train_seg.MaskedImages(Folder(tmp_path), ["a"], tmp_path / "masks", **recipe)
+    dataset = data.MaskedImages(Folder(tmp_path), ["a"], tmp_path / "masks", **recipe)
     sides = set()
     for draw in range(30):
         image, mask, _ = dataset[(0, draw)]
@@ -192,12 +193,12 @@ def test_crops_keep_image_and_mask_together_and_fill_with_ignore(tmp_path):
         assert torch.equal(image, dataset[(0, draw)][0])
     assert len(sides) > 5 and (48, 48) in sides
     with pytest.raises(DataError, match="run make_pseudo.py first"):
-        train_seg.MaskedImages(Folder(tmp_path), ["b"], tmp_path / "masks", **recipe)
+        data.MaskedImages(Folder(tmp_path), ["b"], tmp_path / "masks", **recipe)
 
 
 def test_a_loss_that_is_not_finite_names_the_epoch_and_the_images(toy, tmp_path, monkeypatch):
     args = train_cls.parse_args(["--data", str(toy), "--run", str(tmp_path), "--workers", "0"])
-    class Broken(train_cls.CPFCTE):
+    class Broken(CPFCTE):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             self.classifier.weight.data[0, 0] = math.nan

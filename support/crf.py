@@ -4,15 +4,88 @@ Mean field in a fully connected CRF (Kraehenbuehl & Koltun 2011) lets every pixe
 one in each iteration. Those sums are Gaussian filters over the pixels' features, and the
 permutohedral lattice (Adams, Baek & Davis 2010) computes them in linear time: splat every pixel
 onto the d + 1 corners of the simplex around it, blur along the lattice's d + 1 axes, slice back.
-Called by make_pseudo.dense_crf; tests/test_crf.py holds it to pydensecrf's labels on photographs.
+tests/test_crf.py holds it to pydensecrf's labels on photographs.
 """
 import math
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import DataError
+from support.run import DataError, deviation
+
+try:
+    import pydensecrf.densecrf as densecrf
+except ImportError:  # it has no binary wheels and needs a C++ compiler
+    densecrf = None
+
+PROB_FLOOR = 1e-5  # the CRF's unary energy is -log(p): keeps it finite
+
+
+def add_crf_flags(parser, default):
+    """--crf and the CRF's constants, as flags; crf_settings(args, device) reads them."""
+    add = parser.add_argument
+    add("--crf", nargs="?", choices=("auto", "torch", "pydensecrf", "none"), const="auto",
+        default=default, help="who computes the dense CRF: torch is support/crf.py, equal up to "
+        "rounding; auto, or no word: pydensecrf, if installed, on a CPU, else torch")
+    add("--crf-iterations", type=int, default=10, help="mean-field iterations")
+    add("--crf-sxy", type=deviation, default=67, help="bilateral kernel: deviation in pixels")
+    add("--crf-srgb", type=deviation, default=3,
+        help="bilateral kernel: deviation in RGB levels")
+    add("--crf-compat", type=float, default=4, help="bilateral kernel: weight of its Potts term")
+
+
+def crf_backend(name, device):
+    """The backend that `--crf name` means on a device: "torch" or "pydensecrf"."""
+    if name == "pydensecrf" and densecrf is None:
+        raise DataError("pydensecrf is not installed (`pip install pydensecrf2` needs a C++ "
+                        "compiler): --crf torch gives the same labels")
+    if name == "auto":
+        return "pydensecrf" if device.type == "cpu" and densecrf else "torch"
+    return name
+
+
+def crf_settings(args, device):
+    """The keyword arguments of dense_crf that the flags set, or None for --crf none."""
+    return None if args.crf == "none" else dict(
+        backend=crf_backend(args.crf, device), iterations=args.crf_iterations,
+        bilateral_sxy=args.crf_sxy, bilateral_srgb=args.crf_srgb,
+        bilateral_compat=args.crf_compat)
+
+
+def constants_of(crf):
+    """What of crf_settings decides about the masks: all but who computes them."""
+    return {name: value for name, value in (crf or {}).items() if name != "backend"}
+
+
+def dense_crf(image, probs, *, backend="auto", iterations=10, gaussian_sxy=1, gaussian_compat=3,
+              bilateral_sxy=67, bilateral_srgb=3, bilateral_compat=4):
+    """Mean field in a fully connected CRF (Kraehenbuehl & Koltun 2011).
+
+    image (H, W, 3) uint8 RGB, as it was decoded; probs (C, H, W) float32, summing to one over C.
+    Arrays or tensors; backend torch computes where probs lie, auto as --crf auto says. Returns
+    refined probabilities (C, H, W) float32, of the kind that probs are. sxy are in pixels, srgb in
+    levels of 0 to 255; the defaults are ViT-PCM's.
+    """
+    C, H, W = probs.shape
+    if C == 1:
+        return probs
+    unary = -torch.as_tensor(probs).clamp(min=PROB_FLOOR).log()
+    if crf_backend(backend, unary.device) == "torch":
+        Q = mean_field(
+            torch.as_tensor(image, device=unary.device), unary, iterations=iterations,
+            gaussian_sxy=gaussian_sxy, gaussian_compat=gaussian_compat,
+            bilateral_sxy=bilateral_sxy, bilateral_srgb=bilateral_srgb,
+            bilateral_compat=bilateral_compat)
+    else:
+        crf = densecrf.DenseCRF2D(W, H, C)
+        crf.setUnaryEnergy(unary.flatten(1).cpu().contiguous().numpy())
+        crf.addPairwiseGaussian(sxy=gaussian_sxy, compat=gaussian_compat)
+        crf.addPairwiseBilateral(sxy=bilateral_sxy, srgb=bilateral_srgb, compat=bilateral_compat,
+                                 rgbim=torch.as_tensor(image).cpu().contiguous().numpy())
+        Q = torch.tensor(np.asarray(crf.inference(iterations)), device=unary.device).view(C, H, W)
+    return Q if torch.is_tensor(probs) else Q.numpy()
 
 
 def enclosing_simplex(features):
