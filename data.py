@@ -1,4 +1,4 @@
-"""Data: one folder layout for every data set, the presets, and the makers of such folders.
+"""Data: one folder layout for every data set, and how its images, labels and masks become batches.
 
 Run:    python data.py toy --root data/toy                            (12 s, nothing is downloaded)
         python data.py voc --root data/VOC2012 [--sbd DIR] [--download]
@@ -8,31 +8,30 @@ Writes: ROOT/JPEGImages/ID.jpg                    the images, RGB
         ROOT/ImageSets/Segmentation/SPLIT.txt     one id a line
         ROOT/classes.txt                          one class name a line, background first
         ROOT/image_labels.txt                     "ID name name ...": all that training is told
-        ROOT/preset.txt                           which row of PRESETS below the stages start from
+        ROOT/preset.txt                           the preset that the stages start from
         ROOT/Parts/ID.png, Parts/names.txt        toy only: 1 body, 2 head
-Any folder like that is a data set; nothing downstream knows which one it is.
+Any folder like that is a data set; nothing downstream knows which one it is. The makers of the
+three are in support/.
 """
 import argparse
 import hashlib
-import time
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2.functional import rgb_to_grayscale
-from tqdm import tqdm
+from torchvision.transforms.v2 import functional as v2
 
-from support.run import DataError, atomic, probability, run
+from support.run import (DataError, atomic, ignore_interrupts, launch, number, read_text,
+                         write_lines)
 
 IGNORE = 255  # the mask value that is never trained on and never scored
 JITTER = 0.3  # brightness, contrast and saturation change by up to this share
 
 
-# --- the folder -------------------------------------------------------------------------------
+# --- the folder --------------------------------------------------------------------------------
 
 class Folder:
     """A data set folder: its class names, splits, image labels, images and masks."""
@@ -41,34 +40,54 @@ class Folder:
         self.root = Path(root)
         if not self.root.is_dir():
             raise DataError(f"{root} not found: `python data.py toy --root {root}` makes one")
-        self.classes = self._lines("classes.txt")
+        where, self.classes = self.root / "classes.txt", self._lines("classes.txt")
         for name in self.classes:
             if len(name.split()) != 1:
-                raise DataError(f"{root}/classes.txt: {name!r} has a space: use an underscore")
-        self._labels = None
+                raise DataError(f"{where}: {name!r} has a space: use an underscore")
+            if self.classes.count(name) > 1:
+                raise DataError(f"{where} names {name!r} twice")
+        if self.classes[0] != "background":
+            raise DataError(f"{where} begins with {self.classes[0]!r}: class 0 is 'background'")
+        if len(self.classes) > IGNORE:
+            raise DataError(f"{where} has {len(self.classes)} classes: a mask can hold {IGNORE}")
 
     def _lines(self, name):
         path = self.root / name
         if not path.is_file():
-            raise DataError(f"{path} not found: run data.py, or write it (README, 'Your own data')")
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+            raise DataError(f"{path} not found: run data.py, or write it (docs/DATA.md)")
+        lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
         if not lines:
             raise DataError(f"{path} is empty")
         return lines
 
     def ids(self, split):
         """The ids of ImageSets/Segmentation/SPLIT.txt, in its order."""
-        return [line.split()[0] for line in self._lines(f"ImageSets/Segmentation/{split}.txt")]
+        name = f"ImageSets/Segmentation/{split}.txt"
+        ids = [line.split()[0] for line in self._lines(name)]
+        for image_id in ids:
+            if Path(image_id).name != image_id or "\\" in image_id or image_id.startswith("."):
+                raise DataError(f"{self.root / name}: {image_id!r} is no name of a file")
+        if len(set(ids)) < len(ids):
+            twice = next(image_id for image_id in ids if ids.count(image_id) > 1)
+            raise DataError(f"{self.root / name} lists {twice} twice")
+        return ids
+
+    @cached_property
+    def _labels(self):
+        """{id: names} of image_labels.txt."""
+        labels = {}
+        for image_id, *names in map(str.split, self._lines("image_labels.txt")):
+            if image_id in labels:
+                raise DataError(f"{self.root}/image_labels.txt has two lines for {image_id}")
+            labels[image_id] = names
+        return labels
 
     def image_labels(self, image_id):
         """(C,) float32, 1 for each class that image_labels.txt names; background is always 1."""
-        if self._labels is None:
-            lines = map(str.split, self._lines("image_labels.txt"))
-            self._labels = {image_id: names for image_id, *names in lines}
         names, where = self._labels.get(image_id), self.root / "image_labels.txt"
         if not names:
             raise DataError(f"{where}: no label for {image_id}: add '{image_id} NAME ...' "
-                            f"('{image_id} {self.classes[0]}' where it shows no object)")
+                            f"('{image_id} background' where it shows no object)")
         labels = torch.zeros(len(self.classes))
         labels[0] = 1
         for name in names:
@@ -77,39 +96,57 @@ class Folder:
             labels[self.classes.index(name)] = 1
         return labels
 
+    def fingerprint(self, ids):
+        """A short hash of these ids and their image labels; a label that is missing is named."""
+        facts = repr([(i, self.image_labels(i).nonzero().flatten().tolist()) for i in ids])
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
     def image_path(self, image_id):
-        """JPEGImages/ID.jpg."""
-        return self.root / "JPEGImages" / f"{image_id}.jpg"
+        """JPEGImages/ID.jpg, or .jpeg, or .png."""
+        paths = [self.root / "JPEGImages" / f"{image_id}{end}" for end in (".jpg", ".jpeg", ".png")]
+        return next((path for path in paths if path.is_file()), paths[0])
 
     def mask_path(self, image_id):
         """SegmentationClass/ID.png, the ground truth: for scoring, never for training."""
         return self.root / "SegmentationClass" / f"{image_id}.png"
 
 
-def read_image(path):
-    """A PIL image in RGB; grey and CMYK files are converted, unreadable ones are named."""
+def decode(path):
+    """A PIL image as the file has it; one that cannot be read is named."""
     if not Path(path).is_file():
         raise DataError(f"{path} not found")
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read ({error}): replace it, or take it out of the split")
+            image.load()
+            return image
+    except Exception as error:  # on damaged files Pillow's decoders raise a dozen types
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:100]
+        raise DataError(f"{path} cannot be read ({reason}): replace it, or take it out of the "
+                        "split")
+
+
+def read_image(path):
+    """A PIL image in RGB, upright; grey, CMYK and 16-bit files are converted."""
+    image = decode(path)
+    if image.mode == "F":
+        raise DataError(f"{path} holds floating-point numbers: save it with 8 bits a channel")
+    if image.mode.startswith("I"):  # 16 bits
+        image = Image.fromarray((np.array(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    try:
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception:  # damaged EXIF: the pixels are all right
+        return image.convert("RGB")
 
 
 def read_mask(path, num_classes, size=None):
     """(H, W) uint8 from a palette or grey PNG; size: the (width, height) that it must have."""
-    if not Path(path).is_file():
-        raise DataError(f"{path} not found")
-    try:
-        with Image.open(path) as image:
-            mode, mask = image.mode, np.array(image)
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{path} cannot be read ({error})")
-    if mode not in ("P", "L"):
-        raise DataError(f"{path} is a {mode} image: a mask is a palette or grey PNG")
-    if size is not None and mask.shape != (size[1], size[0]):
-        raise DataError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, its image {size[0]}x{size[1]}")
+    image = decode(path)
+    if image.mode not in ("P", "L"):
+        raise DataError(f"{path} is a {image.mode} image: a mask is a palette or grey PNG")
+    if size is not None and image.size != tuple(size):
+        turned = ": is the photo turned by its EXIF orientation?" * (image.size == size[::-1])
+        raise DataError(f"{path} is %dx%d, its image %dx%d{turned}" % (*image.size, *size))
+    mask = np.array(image)
     unknown = set(np.unique(mask).tolist()) - {*range(num_classes), IGNORE}
     if unknown:
         raise DataError(f"{path} has the value {min(unknown)}: allowed are 0 to {num_classes - 1} "
@@ -135,13 +172,107 @@ def save_mask(path, mask):
         image.save(temporary, format="PNG")
 
 
+# --- what the stages see -----------------------------------------------------------------------
+
 def to_tensor(image):
     """PIL RGB -> (3, H, W) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+class Images(Dataset):
+    """Stages 2 and 4: index -> id, image (H, W, 3) uint8 as it was decoded."""
+
+    def __init__(self, folder, ids):
+        self.folder, self.ids = folder, ids
+
+    def __len__(self):
+        return len(self.ids)
+
+    def read(self, index):
+        """PIL RGB."""
+        return read_image(self.folder.image_path(self.ids[index]))
+
+    def __getitem__(self, index):
+        return self.ids[index], np.array(self.read(index))
+
+
+class LabelledImages(Images):
+    """Stage 1: (index, draw) -> image (3, S, S) uint8, labels (C,)."""
+
+    def __init__(self, folder, ids, size, augment=(), seed=0):
+        super().__init__(folder, ids)
+        self.size, self.augment, self.seed = size, augment, seed
+        self.labels = torch.stack([folder.image_labels(i) for i in ids])
+
+    def __getitem__(self, item):
+        index, draw = item
+        image = self.read(index)
+        image = to_tensor(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + draw)
+        flip, vflip, transpose, *factors = torch.rand(6, generator=generator).tolist()
+        if "flip" in self.augment and flip < 0.5:
+            image = image.flip(2)
+        if "vflip" in self.augment and vflip < 0.5:
+            image = image.flip(1)
+        if "transpose" in self.augment and transpose < 0.5:
+            image = image.transpose(1, 2)
+        if "jitter" in self.augment:
+            for adjust, factor in zip((v2.adjust_brightness, v2.adjust_contrast,
+                                       v2.adjust_saturation), factors):
+                image = adjust(image, 1 + JITTER * (2 * factor - 1))
+        return image, self.labels[index]
+
+
+class MaskedImages(Images):
+    """Stage 3: (index, draw) -> image (3, S, S) uint8, mask (S, S) int64, both cut out at random."""
+
+    def __init__(self, folder, ids, masks, crop, rescale, seed, fill):
+        super().__init__(folder, ids)
+        self.masks = masks
+        self.crop, self.rescale, self.seed, self.fill = crop, rescale, seed, fill
+        for image_id in ids:
+            if not (masks / f"{image_id}.png").is_file():
+                raise DataError(f"{masks}/{image_id}.png not found: run make_pseudo.py first")
+
+    def __getitem__(self, item):
+        index, draw = item
+        image = self.read(index)
+        mask = read_mask(self.masks / f"{self.ids[index]}.png", len(self.folder.classes),
+                         image.size)
+        rng = np.random.default_rng([self.seed, draw])
+        scale = rng.uniform(*self.rescale)
+        size = [max(1, round(side * scale)) for side in image.size]
+        image = image.resize(size, Image.Resampling.BILINEAR)
+        mask = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
+        # a window of crop x crop at random; what lies outside the image is filled and ignored
+        left, top = (int(rng.integers(min(0, side - self.crop), max(0, side - self.crop) + 1))
+                     for side in size)
+        canvas = Image.new("RGB", (self.crop, self.crop), self.fill)
+        canvas.paste(image, (-left, -top))
+        target = Image.new("L", (self.crop, self.crop), IGNORE)
+        target.paste(mask, (-left, -top))
+        pixels, labels = to_tensor(canvas), torch.from_numpy(np.array(target, dtype=np.int64))
+        if rng.random() < 0.5:
+            pixels, labels = pixels.flip(2), labels.flip(1)
+        return pixels, labels
+
+
+def resized(items, size):
+    """collate_fn of Images in stage 2: ids, images as they are, images (B, 3, size, size) uint8."""
+    ids, originals = zip(*items)
+    images = [Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+              for image in originals]
+    return ids, originals, torch.stack([to_tensor(image) for image in images])
+
+
+def loader(dataset, args, device, **options):
+    """DataLoader with the workers that the flags ask for."""
+    return DataLoader(dataset, num_workers=args.workers, pin_memory=device.type == "cuda",
+                      worker_init_fn=ignore_interrupts, **options)
+
+
 def batches(num_images, batch_size, seed, start, stop, rank=0, world=1):
-    """The (index, draw) pairs of this rank's share of each training step from start to stop.
+    """batch_sampler of stages 1 and 3: this rank's (index, draw) pairs of steps start to stop.
 
     Every pass over the images is one seeded shuffle; its incomplete last batch is dropped. `draw`
     numbers all samples ever drawn and seeds their augmentation, so what a step sees depends on
@@ -161,179 +292,44 @@ def batches(num_images, batch_size, seed, start, stop, rank=0, world=1):
         yield [(order[row], step * batch_size + row - first) for row in rows]
 
 
-# --- the stages' data sets --------------------------------------------------------------------
+# --- the command -------------------------------------------------------------------------------
 
-class LabelledImages(Dataset):
-    """(index, draw) -> image (3, S, S) uint8, labels (C,), index, draw."""
-
-    def __init__(self, folder, ids, size):
-        self.folder, self.ids, self.size, self.cache = folder, ids, size, None
-        self.labels = torch.stack([folder.image_labels(i) for i in ids])  # fails early, by name
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, item):
-        index, draw = item
-        if self.cache:  # opened anew each time: an open one would travel whole to a spawned worker
-            image = torch.from_numpy(np.array(np.load(self.cache, mmap_mode="r")[index]))
-        else:
-            image = read_image(self.folder.image_path(self.ids[index]))
-            image = to_tensor(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
-        return image, self.labels[index], index, draw
-
-    def in_order(self, batch_size, workers):
-        """A loader of all images, one after the other."""
-        chunks = torch.arange(len(self)).split(batch_size)
-        return DataLoader(self, num_workers=workers, persistent_workers=workers > 0,
-                          batch_sampler=[[(int(i), 0) for i in chunk] for chunk in chunks])
-
-    def use_cache(self, split, workers, rank, world):
-        """Read the images from ROOT/cache/SPLIT-SIZE-*.npy, which rank 0 writes if need be.
-
-        The * is a fingerprint of the ids and the files' sizes in bytes: other images, other name.
-        """
-        paths = [self.folder.image_path(i) for i in self.ids]
-        facts = [(i, path.stat().st_size if path.is_file() else 0)
-                 for i, path in zip(self.ids, paths)]
-        fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
-        path = self.folder.root / "cache" / f"{split}-{self.size}-{fingerprint}.npy"
-        if rank == 0 and not path.is_file():
-            for leftover in path.parent.glob(f".{split}-{self.size}-*.tmp"):
-                if time.time() - leftover.stat().st_mtime > 24 * 3600:  # of a killed run
-                    leftover.unlink(missing_ok=True)
-            header = dict(descr="|u1", fortran_order=False,
-                          shape=(len(self), 3, self.size, self.size))
-            with atomic(path) as temporary, open(temporary, "wb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for images, *_ in tqdm(self.in_order(16, workers), desc=f"cache {split}",
-                                       disable=None):
-                    file.write(images.numpy())
-            for outdated in {*path.parent.glob(f"{split}-{self.size}-*.npy")} - {path}:
-                outdated.unlink(missing_ok=True)
-        if world > 1:
-            dist.barrier()
-        self.cache = path
-
-
-def augment(images, seed, draws, names):
-    """(B, 3, S, S) in [0, 1] -> the same, each changed in the named ways as its draw alone says."""
-    chances = torch.stack([torch.rand(6, generator=torch.Generator().manual_seed(
-        seed * 1_000_003 + draw)) for draw in draws.tolist()])
-    chances = chances.to(images.device, non_blocking=True)  # nothing here waits for the GPU
-    flip, vflip, transpose, *factors = chances.T.reshape(6, -1, 1, 1, 1)
-    if "flip" in names:
-        images = torch.where(flip < 0.5, images.flip(3), images)
-    if "vflip" in names:
-        images = torch.where(vflip < 0.5, images.flip(2), images)
-    if "transpose" in names:
-        images = torch.where(transpose < 0.5, images.transpose(2, 3), images)
-    if "jitter" in names:  # not in the paper; the strength is ours
-        images = jitter(images, *(1 + JITTER * (2 * factor - 1) for factor in factors))
-    return images
-
-
-def jitter(images, brightness, contrast, saturation):
-    """torchvision's three adjustments in this order, with a factor (B, 1, 1, 1) for each image."""
-    images = (images * brightness).clamp_(0, 1)
-    mean = rgb_to_grayscale(images).mean(dim=(1, 2, 3), keepdim=True)
-    images = torch.lerp(mean, images, contrast).clamp_(0, 1)
-    return torch.lerp(rgb_to_grayscale(images), images, saturation).clamp_(0, 1)
-
-
-class MaskedImages(Dataset):
-    """(index, draw) -> image (3, S, S) uint8, mask (S, S) int64, both cut out at random, index."""
-
-    def __init__(self, folder, ids, masks, crop, rescale, seed, fill):
-        self.folder, self.ids, self.masks = folder, ids, masks
-        self.crop, self.rescale, self.seed, self.fill = crop, rescale, seed, fill
-        for image_id in ids:
-            if not (masks / f"{image_id}.png").is_file():
-                raise DataError(f"{masks}/{image_id}.png not found: run make_pseudo.py first")
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, item):
-        index, draw = item
-        image = read_image(self.folder.image_path(self.ids[index]))
-        mask = read_mask(self.masks / f"{self.ids[index]}.png", len(self.folder.classes),
-                              image.size)
-        rng = np.random.default_rng([self.seed, draw])
-        scale = rng.uniform(*self.rescale)
-        size = [max(1, round(side * scale)) for side in image.size]
-        image = image.resize(size, Image.Resampling.BILINEAR)
-        mask = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
-        # a window of crop x crop at random; what lies outside the image is filled and ignored
-        left, top = (int(rng.integers(min(0, side - self.crop), max(0, side - self.crop) + 1))
-                     for side in size)
-        canvas = Image.new("RGB", (self.crop, self.crop), self.fill)
-        canvas.paste(image, (-left, -top))
-        target = Image.new("L", (self.crop, self.crop), IGNORE)
-        target.paste(mask, (-left, -top))
-        pixels, labels = to_tensor(canvas), torch.from_numpy(np.array(target, dtype=np.int64))
-        if rng.random() < 0.5:
-            pixels, labels = pixels.flip(2), labels.flip(1)
-        return pixels, labels, index
-
-
-class Images(Dataset):
-    """index -> index, image (H, W, 3) uint8."""
-
-    def __init__(self, folder, ids):
-        self.folder, self.ids = folder, ids
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, index):
-        image = read_image(self.folder.image_path(self.ids[index]))
-        return index, torch.from_numpy(np.array(image))
-
-
-def batch_of(items, size):
-    """collate_fn of a loader of Images: indices, images (B, 3, size, size), images as they are."""
-    indices, originals = zip(*items)
-    resized = [Image.fromarray(image.numpy()).resize((size, size), Image.Resampling.BICUBIC)
-               for image in originals]
-    return indices, torch.stack([to_tensor(image) for image in resized]), originals
+def write_folder(root, preset, classes, label_lines):
+    """Write a folder's three readable files; image_labels.txt, the last one, completes it."""
+    write_lines(root / "classes.txt", classes)
+    write_lines(root / "preset.txt", [preset])
+    write_lines(root / "image_labels.txt", label_lines)
 
 
 def parse_args(argv=None):
     """`toy`, `voc` or `coco`, and where to."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", choices=("toy", "voc", "coco"))
-    parser.add_argument("--root", type=Path, required=True, help="the data set folder")
-    parser.add_argument("--num", type=int, nargs=3, default=(1500, 200, 200), metavar="N",
-                        help="toy: images of train, val and test (default: 1500 200 200)")
-    parser.add_argument("--cooccur", type=probability, metavar="P",
-                        help="toy: textured backgrounds; with probability P the texture is the one "
-                        "that the first beetle's class prefers, a temptation to call it a beetle")
-    parser.add_argument("--sbd", type=Path, help="voc: SBD's folder; its train.txt and val.txt "
-                        "make the 10,582 images of trainaug")
-    parser.add_argument("--train-masks", action="store_true", help="coco: masks of train as well "
-                        "as of val; only to score pseudo masks")
-    parser.add_argument("--download", action="store_true", help="voc, coco: fetch the archives of "
-                        "VOC 2012 and SBD, or of COCO 2014, first")
+    add = parser.add_argument
+    add("dataset", choices=("toy", "voc", "coco"))
+    add("--root", type=Path, required=True, help="the data set folder")
+    add("--num", type=number(int, 1, 99999), nargs=3, default=(1500, 200, 200), metavar="N",
+        help="toy: images of train, val and test (default: 1500 200 200)")
+    add("--cooccur", type=number(float, 0, 1), metavar="P",
+        help="toy: textured backgrounds; with probability P the texture is the one that the first "
+        "beetle's class prefers, a temptation to call it a beetle")
+    add("--sbd", type=Path, help="voc: SBD's folder; its train.txt and val.txt make the 10,582 "
+        "images of trainaug")
+    add("--train-masks", action="store_true", help="coco: masks of train as well as of val; only "
+        "to score pseudo masks")
+    add("--download", action="store_true", help="voc, coco: fetch the archives of VOC 2012 and "
+        "SBD, or of COCO 2014, first")
     return parser.parse_args(argv)
 
 
 def main(args):
-    from support.beetles import make_toy
-    from support.coco import download_coco, make_coco
-    from support.voc import download_voc, make_voc
+    from support import beetles, coco, voc
     if args.dataset == "toy":
-        make_toy(args.root, args.num, args.cooccur)
-    elif args.dataset == "coco":
-        if args.download:
-            download_coco(args.root)
-        make_coco(args.root, args.train_masks)
+        beetles.make_toy(args.root, args.num, args.cooccur)
+    elif args.dataset == "voc":
+        voc.make_voc(args.root, args.sbd, args.download)
     else:
-        if args.download:
-            args.sbd = args.sbd or args.root / "sbd"
-            download_voc(args.root, args.sbd)
-        make_voc(args.root, args.sbd)
+        coco.make_coco(args.root, args.train_masks, args.download)
     folder = Folder(args.root)
     splits = sorted((args.root / "ImageSets/Segmentation").glob("*.txt"))
     print(f"{args.root}: {len(folder.classes)} classes with background; "
@@ -341,4 +337,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    launch(main, parse_args())

@@ -6,44 +6,38 @@ Reads:  RUN/cls.pt, JPEGImages/, image_labels.txt; a mask only to score at the v
 Writes: RUN/bpm/ID.png     baseline pseudo masks: argmax of the upsampled maps (Eq. 10)
         RUN/pseudo/ID.png  the same after the CRF: what stage 3 trains on
 A killed run goes on where it stopped: masks that are already written are skipped.
-Where there is a GPU, it computes masks and CRF; else the worker processes do, which write them.
 """
-import argparse
 import time
 from functools import partial
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from data import Folder, Images, batch_of
-from evaluate import iou_per_class, score_masks, write_all
-from model import build, upsample
-from support.crf import PROB_FLOOR, add_crf_flags, constants_of, crf_settings, dense_crf
-from support.run import (DataError, claim, digest, join_processes, load_checkpoint, log, parse,
-                         positive, run, stage_parser)
-
-STAGE = "make_pseudo"
+from data import Folder, Images, decode, loader, resized, save_mask
+from evaluate import miou, score_masks
+from model import load_model, upsample
+from support.crf import add_crf_flags, crf_settings, dense_crf
+from support.run import (DataError, progress, check_masks, claimed, digest, in_workers,
+                         join_processes, launch, log, number, open_run, stage_flags)
 
 
 def parse_args(argv=None):
     """The flags of stage 2."""
-    parser = stage_parser(__doc__)
-    add = parser.add_argument
-    add("--split", help="split whose images get masks; their image labels are used")
-    add("--size", type=positive, help="the network sees SIZE x SIZE: the paper's is higher "
-        "than in training (Sec. 0.4.2)")
-    add("--batch-size", type=positive, default=8, help="images of one forward pass")
-    add("--max-norm", action=argparse.BooleanOptionalAction, default=True,
-        help="divide each class's map by its own maximum before the argmax (ViT-PCM)")
-    add_crf_flags(parser, default="auto")
-    add("--overwrite", action="store_true", help="delete RUN/bpm and RUN/pseudo and start anew")
-    return parse(parser, STAGE, argv)
+    flags = stage_flags(__doc__)
+    add = flags.add
+    add("--split", "trainaug", "split whose images get masks; their image labels are used",
+        coco="train", toy="train")
+    add("--size", None, "the network sees SIZE x SIZE (default: cls.pt's training size times "
+        "--size-ratio)", type=number(int, 1, 10**5))
+    add("--size-ratio", 2.5, "more pixels than in training (Sec. 0.4.2): 960 for 384", toy=1.0,
+        low=0.1, high=100)
+    add("--batch-size", 8, "images of one forward pass", low=1)
+    add("--max-norm", True, "divide each class's map by its own maximum before the argmax "
+        "(ViT-PCM)")
+    add_crf_flags(add, "auto")
+    add("--overwrite", False, "replace the masks in RUN/bpm and RUN/pseudo")
+    return flags.parse(argv)
 
-
-# --- from patch probabilities to masks ---------------------------------------------------------
 
 def present_probs(patch_probs, image_labels, max_norm=True):
     """Y (h, w, C), labels (C,) -> class numbers (P,) and maps (P, h, w) of the P present classes.
@@ -54,90 +48,107 @@ def present_probs(patch_probs, image_labels, max_norm=True):
     present = image_labels.nonzero().flatten()
     maps = patch_probs[..., present].permute(2, 0, 1)  # (P, h, w)
     if max_norm:
-        maps = maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=PROB_FLOOR)
-    return present, maps / maps.sum(dim=0, keepdim=True).clamp(min=PROB_FLOOR)
+        maps = maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-5)
+    return present, maps / maps.sum(dim=0, keepdim=True).clamp(min=1e-5)
 
 
-def masks_of(image, present, maps, crf):
-    """[bpm, and with a CRF the pseudo mask] of an image, (H, W) uint8; Eq. (10).
+def pseudo_masks(image, present, maps, crf):
+    """One image's masks, (H, W) uint8: the BPM and, with a CRF, the refined one.
 
-    image (H, W, 3) uint8, as it was decoded; present and maps as present_probs gives them; crf as
-    crf_settings gives it. The work is done where the maps lie.
+    image (H, W, 3) uint8, as it was decoded; present (P,) and maps (P, h, w) as present_probs
+    gives them, arrays or tensors: the work is done where the maps lie.
     """
     present, maps = torch.as_tensor(present).byte(), torch.as_tensor(maps)
-    probs = upsample(maps, *image.shape[:2])
-    masks = [present[probs.argmax(0)]]  # Eq. (10)
-    if crf is not None:
-        masks.append(present[dense_crf(image, probs, **crf).argmax(0)])
-    return [mask.cpu().numpy() for mask in masks]
-
-
-# --- the stage ---------------------------------------------------------------------------------
+    probs = upsample(maps, *image.shape[:2])                     # (P, H, W)
+    bpm = present[probs.argmax(0)].cpu().numpy()                 # Eq. (10)
+    if crf is None:
+        return [bpm]
+    refined = dense_crf(image, probs, **crf)                     # Sec. 0.3.4
+    return bpm, present[refined.argmax(0)].cpu().numpy()
 
 
 @torch.no_grad()
-def mask_jobs(model, folder, ids, args, device, outputs, crf):
-    """Run the network over the images and yield (arguments of masks_of, paths) of each."""
-    loader = DataLoader(Images(folder, ids), args.batch_size, num_workers=args.workers,
-                        collate_fn=partial(batch_of, size=args.size),
-                        pin_memory=device.type == "cuda")
-    for indices, images, originals in loader:
+def classified(model, folder, ids, args, device, crf):
+    """Run the patch classifier over the images; yields the arguments of pseudo_masks."""
+    for image_ids, originals, images in loader(
+            Images(folder, ids), args, device, batch_size=args.batch_size,
+            collate_fn=partial(resized, size=args.size)):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            patch_probs = model(images.to(device, non_blocking=True) / 255)
-        for index, original, Y in zip(indices, originals, patch_probs):
-            labels = folder.image_labels(ids[index]).to(device)
-            present, maps = present_probs(Y, labels, args.max_norm)
-            yield (original, present, maps, crf), [out / f"{ids[index]}.png" for out in outputs]
+            patch_probs = model(images.to(device, non_blocking=True) / 255)  # Eq. (1) to (7)
+        if not patch_probs.isfinite().all():
+            raise DataError(f"{args.run}/cls.pt gives numbers that are not finite: train it again "
+                            "with a lower --lr")
+        for image_id, image, Y in zip(image_ids, originals, patch_probs):
+            image_labels = folder.image_labels(image_id).to(device)
+            present, maps = present_probs(Y, image_labels, args.max_norm)
+            if device.type == "cpu":  # arrays travel well to worker processes
+                present, maps = present.numpy(), maps.numpy()
+            yield image, present, maps, crf
+
+
+def is_whole(*paths):
+    """Whether each of an image's masks is there and can be read."""
+    try:
+        return all(decode(path) for path in paths)
+    except DataError:
+        return False
 
 
 def main(args):
     device, rank, world = join_processes()
 
     # --- model and data ---
-    checkpoint = load_checkpoint(args.run / "cls.pt", "cls")
-    model = build(checkpoint).to(device)
+    open_run(args.run)
+    model, checkpoint = load_model(args.run / "cls.pt", "cls")
+    model, trained = model.to(device), checkpoint["args"]
+    if args.size is None:
+        patch = model.backbone.patch_embed.patch_size[0]
+        args.size = max(1, round(args.size_ratio * trained["size"] / patch)) * patch
     folder = Folder(args.data)
     if checkpoint["classes"] != folder.classes:
         raise DataError(f"{args.run}/cls.pt has other classes than {args.data}/classes.txt")
-    if rank == 0 and checkpoint["epoch"] < checkpoint["args"]["epochs"]:
-        print(f"note: cls.pt is of epoch {checkpoint['epoch']} of {checkpoint['args']['epochs']}")
+    if rank == 0 and checkpoint["epoch"] < trained["epochs"]:
+        print(f"note: cls.pt is of epoch {checkpoint['epoch']} of {trained['epochs']}")
     ids = folder.ids(args.split)
-    for image_id in ids:
-        folder.image_labels(image_id)  # fails early, by name
 
     # --- what is there already ---
     crf = crf_settings(args, device)
-    outputs = [args.run / "bpm"] + ([args.run / "pseudo"] if crf else [])
-    if rank == 0:
-        settings = dict(cls=digest(args.run / "cls.pt"), data=str(args.data.resolve()),
-                        size=args.size, max_norm=args.max_norm, image_labels_used=True,
-                        seed=checkpoint["args"]["seed"])
-        for out, constants in zip(outputs, (dict(crf=False), dict(crf=True) | constants_of(crf))):
-            claim(out, settings | constants, args.overwrite)
-    if world > 1:
-        dist.barrier()
-    mine = ids[rank::world]
-    todo = [i for i in mine if not all((out / f"{i}.png").is_file() for out in outputs)]
+    made_with = dict(cls=digest(args.run / "cls.pt"), data=str(args.data.resolve()),
+                     labels=folder.fingerprint(ids), size=args.size, max_norm=args.max_norm,
+                     image_labels_used=True, seed=trained["seed"])
+    outputs = {args.run / "bpm": made_with | dict(crf=False)}
+    if crf:
+        outputs[args.run / "pseudo"] = made_with | dict(crf=True) | crf | dict(backend=None)
+    todo = mine = ids[rank::world]
+    if not args.overwrite:
+        for out, settings in outputs.items():
+            check_masks(out, settings)
+        paths = ([out / f"{i}.png" for out in outputs] for i in mine)
+        todo = [i for i, whole in zip(mine, in_workers(is_whole, paths, args.workers)) if not whole]
 
     # --- masks ---
-    jobs, began = mask_jobs(model, folder, todo, args, device, outputs, crf), time.time()
-    for _ in tqdm(write_all(masks_of, jobs, args.workers, device, crf), total=len(todo),
-                  desc=f"masks of {args.split}", disable=None if rank == 0 else True):
-        pass
+    began, workers = time.time(), 0 if device.type == "cuda" else args.workers
+    jobs = classified(model, folder, todo, args, device, crf)
+    results = claimed(in_workers(pseudo_masks, jobs, workers), outputs, args.overwrite)
+    results = progress(results, f"masks of {args.split}", len(todo), disable=rank > 0)
+    for masks, image_id in zip(results, todo):
+        for out, mask in zip(outputs, masks):
+            save_mask(out / f"{image_id}.png", mask)
     if world > 1:
         dist.barrier()
 
     # --- score: the last two rows of Table 1 ---
     if rank == 0:
-        print(f"{STAGE}  {len(todo):,} of {len(mine):,} images were still to do, "
-              f"{time.time() - began:.0f} s, CRF by {crf['backend'] if crf else 'nobody'}")
+        print(f"make_pseudo  {len(todo):,} of {len(mine):,} images were still to do, "
+              f"{time.time() - began:.0f} s, CRF: {crf['backend'] if crf else 'none'}, masks in "
+              f"{' and '.join(map(str, outputs))}", flush=True)
         rows = ("BPM, CPF-CTE w/o CRF in Table 1", "CRF, CPF-CTE in Table 1")
         for out, name in zip(outputs, rows):
             confusion, scored = score_masks(folder, ids, out, args.workers)
             if scored:
-                log(args.run, STAGE, masks=name, split=args.split, image_labels_used=True,
-                         num_images=scored, miou=float(np.nanmean(iou_per_class(confusion))))
+                log(args.run, "make_pseudo", masks=name, split=args.split, image_labels_used=True,
+                    num_images=scored, miou=miou(confusion))
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    launch(main, parse_args())

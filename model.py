@@ -5,9 +5,10 @@ Read CPFCTE.forward first: it is the paper's Fig. 2 from left to right, Eq. (1) 
 """
 import logging
 import os
-import shutil
+import urllib.request
 from dataclasses import dataclass
 
+import huggingface_hub.constants as hub
 import timm
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from support.run import DataError
+from support.run import DataError, load_checkpoint, restore
 
 
 # --- backbones ---------------------------------------------------------------------------------
@@ -40,7 +41,19 @@ def resnet_toy(pretrained=False, **kwargs):
     return build_model_with_cfg(ResNet, "resnet_toy", pretrained, **size | kwargs)
 
 
-def create_backbone(name, pretrained, weights=None, **kwargs):
+def ask_hub(name):
+    """Say that the hub is asked for weights; where it cannot be reached, leave its cache alone."""
+    print(f"weights of {name}: from timm's hub, or its cache on this machine", flush=True)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        urllib.request.urlopen(hub.ENDPOINT, timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # it answered
+    except OSError:
+        hub.HF_HUB_OFFLINE = True  # else it is asked ten times, for over a minute
+
+
+def create_backbone(name, kind, pretrained, weights=None, **kwargs):
     """A timm model: with the hub's ImageNet weights, with those of a file, or with random ones."""
     if not timm.is_model(name.split(".")[0]):
         raise DataError(f"timm has no model {name!r}: see timm.list_models('*{name[:5]}*')")
@@ -48,28 +61,17 @@ def create_backbone(name, pretrained, weights=None, **kwargs):
         raise DataError(f"{weights} not found: --weights takes a local copy of the timm weights")
     overlay = {"pretrained_cfg_overlay": dict(file=str(weights))} if weights else {}
     if pretrained and not weights:
-        print(f"weights of {name}: from timm's hub, or its cache on this machine", flush=True)
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each of ten retries
+        ask_hub(name)
     try:
         return timm.create_model(name, pretrained=pretrained or bool(weights), **overlay, **kwargs)
-    except TypeError as error:  # a model that does not take the arguments of these stages
-        raise DataError(f"--backbone {name} does not fit here: {error}")
+    except (TypeError, NotImplementedError, AssertionError):  # it does not take these arguments
+        raise DataError(f"--backbone {name} does not fit this stage, which needs a {kind}")
     except Exception as error:  # hub, network, file format: many types, one consequence
         if not (pretrained or weights):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise DataError(f"no weights for {name} from {weights or 'the hub'} ({reason}): pass "
                         "--weights FILE with a local copy, or --no-pretrained for random ones")
-
-
-def compiled(function):
-    """torch.compile it for training, where sizes are fixed; without gradients it runs as it is."""
-    variable, *names = (("CC", "gcc", "clang") if torch.cuda.is_available() else
-                        ("CXX", "g++", "clang++"))
-    if not any(map(shutil.which, [os.environ.get(variable, names[0]), *names])):
-        raise DataError(f"--compile needs {' or '.join(names)}: install one, or leave the flag out")
-    fast = torch.compile(function, dynamic=False)
-    return lambda images: (fast if torch.is_grad_enabled() else function)(images)
 
 
 class Normalise(nn.Module):
@@ -164,8 +166,10 @@ class CPFCTE(nn.Module):
     def __init__(self, config, pretrained=False, weights=None):
         super().__init__()
         self.config = config
-        self.backbone = create_backbone(config.backbone, pretrained, weights, num_classes=0,
-                                        dynamic_img_size=True)
+        self.backbone = create_backbone(config.backbone, "plain ViT of timm", pretrained, weights,
+                                        num_classes=0, dynamic_img_size=True)
+        if not hasattr(self.backbone, "num_prefix_tokens"):  # a transformer without patch tokens
+            raise DataError(f"--backbone {config.backbone} is no plain ViT: see --help")
         self.normalise = Normalise(self.backbone)
         D, C = self.backbone.embed_dim, config.num_classes
         if config.class_tokens != "none":
@@ -225,10 +229,6 @@ class CPFCTE(nn.Module):
         appended = self.class_tokens if self.config.class_tokens == "append" else None
         return self.context(tokens, appended)
 
-    def compile_backbone(self):
-        """torch.compile the ViT; the CF-BiLSTM stays cuDNN's, on a CPU oneDNN's."""
-        self.backbone.forward_features = compiled(self.backbone.forward_features)
-
     def train_last(self, blocks):
         """Let the head, the last `blocks` transformer blocks and the final norm learn.
 
@@ -275,8 +275,9 @@ class DeepLabv2(nn.Module):
     def __init__(self, config, pretrained=False, weights=None):
         super().__init__()
         self.config = config
-        self.backbone = create_backbone(config.backbone, pretrained, weights, features_only=True,
-                                        output_stride=8, out_indices=(-1,))
+        self.backbone = create_backbone(
+            config.backbone, "CNN of timm that keeps output stride 8", pretrained, weights,
+            features_only=True, output_stride=8, out_indices=(-1,))
         self.normalise = Normalise(self.backbone)
         channels = self.backbone.feature_info.channels()[-1]
         self.aspp = nn.ModuleList(
@@ -289,8 +290,9 @@ class DeepLabv2(nn.Module):
 
     def forward(self, images):
         """(B, 3, H, W) in [0, 1] -> the logits of each scale, then their maximum."""
+        one_pixel = 1.001 / min(images.shape[-2:])  # no scale makes less of an image
         pyramid = [self.logits(images if scale == 1 else F.interpolate(
-            images, scale_factor=scale, mode="bilinear", align_corners=False))
+            images, scale_factor=max(scale, one_pixel), mode="bilinear", align_corners=False))
             for scale in self.config.scales]
         size = pyramid[0].shape[-2:]
         resized = [F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
@@ -302,10 +304,6 @@ class DeepLabv2(nn.Module):
         features = self.backbone(self.normalise(images))[-1]
         return sum(conv(features) for conv in self.aspp).float()
 
-    def compile_backbone(self):
-        """torch.compile the CNN, once for each input scale."""
-        self.backbone.forward = compiled(self.backbone.forward)
-
     def freeze_batch_norm(self):
         """Keep the ImageNet statistics and scales of every batch norm; call after each train()."""
         for module in self.modules():
@@ -314,12 +312,14 @@ class DeepLabv2(nn.Module):
                 module.requires_grad_(False)
 
 
-def build(checkpoint):
-    """The network of a checkpoint, with its weights, ready to use."""
+def load_model(path, kind):
+    """(network, checkpoint) of RUN/cls.pt or RUN/seg.pt, with its weights, ready to use."""
+    checkpoint = load_checkpoint(path, kind)
     config, model = {"cls": (ClassifierConfig, CPFCTE),
-                     "seg": (SegmenterConfig, DeepLabv2)}[checkpoint["kind"]]
-    network = model(config(**checkpoint["config"]))
-    network.load_state_dict(checkpoint["model"])
-    return network.eval()
-
-
+                     "seg": (SegmenterConfig, DeepLabv2)}[kind]
+    try:
+        network = model(config(**checkpoint["config"]))
+    except TypeError as error:
+        raise DataError(f"{path} is of another version ({error}): train anew")
+    restore(path, checkpoint, model=network)
+    return network.eval(), checkpoint

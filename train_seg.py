@@ -7,7 +7,6 @@ Writes: RUN/seg.pt every --save-every iterations, RUN/log.jsonl
 The recipe is that of the public PyTorch DeepLabv2 which the field uses; the weights to start from
 are ImageNet classification's: a COCO-pretrained start would have seen pixel masks.
 """
-import argparse
 import time
 from pathlib import Path
 
@@ -15,43 +14,48 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-import data
-from data import IGNORE, Folder, MaskedImages
-from evaluate import confusion_matrix, iou_per_class, predict, predict_logits
+from data import IGNORE, Folder, MaskedImages, batches, loader, read_image, read_mask
+from evaluate import confusion_matrix, miou, predict, predict_logits
 from model import DeepLabv2, SegmenterConfig
-from support.run import (READ_EVERY, DataError, check_resume, join_processes, load_checkpoint, log,
-                         parse, plain, positive, read_losses, run, save_checkpoint, training_parser,
-                         write_lines)
+from support.run import (progress, check_finite, join_processes, launch, log,
+                         open_checkpoint, prepare, read_settings, restore, save_checkpoint,
+                         stage_flags, write_lines)
 
-STAGE = "train_seg"
 MOMENTUM, WEIGHT_DECAY, POLY_POWER = 0.9, 5e-4, 0.9
 
 
 def parse_args(argv=None):
     """The flags of stage 3."""
-    parser = training_parser(__doc__)
-    add = parser.add_argument
-    add("--train-split", help="split whose images and pseudo masks are trained on")
-    add("--val-split", help="split that scores the network at every save; none: no score")
-    add("--val-images", type=int, default=100, help="that score is over the first so many images")
-    add("--masks", type=Path, help="folder of the masks to learn (default: RUN/pseudo)")
-    add("--backbone", help="a CNN of timm with output stride 8 (or resnet_toy)")
-    add("--scales", type=float, nargs="+", help="input scales that the loss and the maximum are "
-        "over; the first is the reference")
-    add("--rescale", type=float, nargs=2, help="range of the random rescaling in training")
-    add("--crop", type=positive, help="side of the random crop in pixels")
-    add("--batch-size", type=positive, help="images of one iteration, over all ranks together")
-    add("--iterations", type=positive, help="optimiser steps; the poly decay ends there")
-    add("--save-every", type=positive, help="iterations between two checkpoints")
-    add("--lr", type=float, help="of the backbone, before the poly decay")
-    add("--aspp-lr", type=float, help="of ASPP's weights, times --lr; its biases get twice that")
-    add("--freeze-bn", action=argparse.BooleanOptionalAction,
-        help="keep the batch norms of the ImageNet weights")
-    return parse(parser, STAGE, argv)
+    flags = stage_flags(__doc__, trains=True)
+    add = flags.add
+    # --- data ---
+    add("--train-split", "trainaug", "split whose images and pseudo masks are trained on",
+        coco="train", toy="train")
+    add("--val-split", "val", "split that scores the network at every save; none: no score")
+    add("--val-images", 100, "that score is over the first so many images")
+    add("--masks", None, "folder of the masks to learn (default: RUN/pseudo)", type=Path)
+    add("--rescale", [0.5, 1.5], "range of the random rescaling in training", toy=[0.75, 1.25],
+        nargs=2, low=0.01, high=100)
+    add("--crop", 321, "side of the random crop in pixels", toy=96, low=1)
+    # --- model ---
+    add("--backbone", "resnet101.tv_in1k", "a CNN of timm with output stride 8 (or resnet_toy)",
+        toy="resnet_toy")
+    add("--scales", [1.0, 0.75, 0.5], "input scales that the loss and the maximum are over; the "
+        "first is the reference", toy=[1.0, 0.75], nargs="+", low=0.01, high=100)
+    add("--freeze-bn", True, "keep the batch norms of the ImageNet weights", toy=False)
+    # --- training ---
+    add("--batch-size", 10, "images of one iteration, over all ranks together", low=1)
+    add("--iterations", 20000, "optimiser steps; the poly decay ends there", coco=100000, toy=300,
+        low=1)
+    add("--save-every", 1000, "iterations between two checkpoints", coco=5000, toy=100, low=1)
+    add("--lr", 2.5e-4, "of the backbone, before the poly decay", toy=0.02, low=1e-9, high=10)
+    add("--aspp-lr", 10.0, "of ASPP's weights, times --lr; its biases get twice that", toy=1.0,
+        high=1000)
+    args = flags.parse(argv)
+    if args.rescale[0] > args.rescale[1]:
+        flags.error("--rescale: the smaller number comes first")
+    return args
 
 
 def parameter_groups(model, lr, aspp_lr):
@@ -93,11 +97,11 @@ def validate(model, folder, ids, args, device):
     confusion = np.zeros((C, C + 1), np.int64)
     for image_id in ids[:args.val_images]:
         if folder.mask_path(image_id).is_file():
-            image = np.array(data.read_image(folder.image_path(image_id)))
-            truth = data.read_mask(folder.mask_path(image_id), C, image.shape[1::-1])
+            image = np.array(read_image(folder.image_path(image_id)))
+            truth = read_mask(folder.mask_path(image_id), C, image.shape[1::-1])
             mask = predict(predict_logits(model, image, device, args.amp), image)
             confusion += confusion_matrix(mask, truth, C)
-    return float(np.nanmean(iou_per_class(confusion))) if confusion.any() else None
+    return miou(confusion)
 
 
 def set_train(model, freeze_bn):
@@ -105,92 +109,76 @@ def set_train(model, freeze_bn):
     model.train()
     if freeze_bn:
         model.freeze_batch_norm()
+    return model
 
 
 def main(args):
     device, rank, world = join_processes()
-    path = args.run / "seg.pt"
-    if path.exists() and not (args.resume or args.overwrite):
-        raise DataError(f"{path} exists: --resume goes on, --overwrite starts anew")
-    checkpoint = load_checkpoint(path, "seg") if args.resume and path.exists() else None
 
     # --- data ---
     folder = Folder(args.data)
     ids = folder.ids(args.train_split)
     val_ids = [] if args.val_split == "none" else folder.ids(args.val_split)
     masks_dir = args.masks or args.run / "pseudo"
-    note = masks_dir / "settings.json"  # how stage 2 made them
-    facts = dict(classes=folder.classes, ids=ids, masks=note.read_text() if note.is_file() else "")
 
     # --- model ---
+    facts = dict(classes=folder.classes, ids=ids, labels=folder.fingerprint(ids),
+                 masks=read_settings(masks_dir))
+    path, checkpoint = open_checkpoint(args, "seg", **facts)
     torch.manual_seed(args.seed)
     config = SegmenterConfig(len(folder.classes), args.backbone, scales=tuple(args.scales))
-    pretrained, weights = (False, None) if checkpoint else (args.pretrained, args.weights)
-    model = DeepLabv2(config, pretrained, weights).to(device)
-    if args.compile:
-        model.compile_backbone()
+    model = DeepLabv2(config, args.pretrained and not checkpoint,
+                      None if checkpoint else args.weights).to(device)
     set_train(model, args.freeze_bn)
     optimizer = torch.optim.SGD(parameter_groups(model, args.lr, args.aspp_lr), lr=args.lr,
                                 momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
-    step = 0
+    done = 0
     if checkpoint:
-        check_resume(checkpoint, args, path, **facts)
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        step = checkpoint["step"]
-        if step == args.iterations:
-            print(f"{STAGE}  {path} is complete: {step} iterations")
-    network = DistributedDataParallel(model) if world > 1 else model
+        restore(path, checkpoint, model=model, optimizer=optimizer)
+        done = checkpoint["step"]
+    network = prepare(model, args, world)
 
-    # --- batches ---
+    # --- train: in rounds, each of which ends with a save ---
     fill = tuple((255 * model.normalise.mean).round().int().flatten().tolist())
-    dataset = MaskedImages(folder, ids, masks_dir, args.crop, args.rescale, args.seed, fill)
-    loader = DataLoader(dataset, num_workers=args.workers, pin_memory=device.type == "cuda",
-                        batch_sampler=data.batches(len(ids), args.batch_size, args.seed, step,
-                                                   args.iterations, rank, world))
-
-    # --- train ---
+    train = MaskedImages(folder, ids, masks_dir, args.crop, args.rescale, args.seed, fill)
     write_lines(args.run / "preset.txt", [args.preset])  # for evaluate.py --image
-    progress = tqdm(loader, initial=step, total=args.iterations,
-                    disable=None if rank == 0 else True)
-    losses, recent, began = [], [], time.time()
-    for images, masks, indices in progress:
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * poly(step, args.iterations)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            outputs = network(images.to(device, non_blocking=True) / 255)
-        loss = multi_scale_loss(outputs, masks.to(device, non_blocking=True), world)
-        recent.append((loss.detach(), [ids[i] for i in indices]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        step += 1
-        saves = step % args.save_every == 0 or step == args.iterations
-        if step % READ_EVERY and not saves:
-            continue
-        losses += read_losses(recent, f"up to iteration {step}",
-                              f"lower --lr; {path} keeps the last save")
-        recent.clear()
-        speed = len(losses) * args.batch_size / (time.time() - began)
-        lr = optimizer.param_groups[0]["lr"]
-        progress.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{lr:.1e}", images_s=f"{speed:.0f}")
-        if not saves:
-            continue
+    for first in range(done, args.iterations, args.save_every):
+        step, last = first, min(first + args.save_every, args.iterations)
+        began, total = time.time(), torch.zeros((), device=device)
+        sampler = batches(len(ids), args.batch_size, args.seed, first, last, rank, world)
+        for images, masks in progress(loader(train, args, device, batch_sampler=sampler),
+                                      desc=f"iterations to {last} of {args.iterations}",
+                                      total=last - first, disable=rank > 0):
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * poly(step, args.iterations)
+            images = images.to(device, non_blocking=True) / 255
+            masks = masks.to(device, non_blocking=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                outputs = network(images)                       # logits of each scale, maximum
+            loss = multi_scale_loss(outputs, masks, world)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+            step += 1
 
-        # --- save, score, log ---
-        mean_loss = torch.tensor(losses, device=device).mean() / world
+        # --- score, log, save ---
         if world > 1:
-            dist.all_reduce(mean_loss)
+            dist.all_reduce(total)
+        loss = total.item() / (last - first) / world
+        speed = (last - first) * args.batch_size / (time.time() - began)
+        check_finite(model, loss, f"between iterations {first} and {last}", path)
         if rank == 0:
-            miou = validate(model, folder, val_ids, args, device)
+            val_miou = validate(model, folder, val_ids, args, device)
             set_train(model, args.freeze_bn)
-            save_checkpoint(path, "seg", model, **facts, step=step, args=plain(args),
+            log(args.run, "train_seg", iteration=last, of=args.iterations, loss=loss,
+                lr=optimizer.param_groups[0]["lr"], val_miou=val_miou,
+                val_images=len(val_ids[:args.val_images]), crf=False, images_s=speed)
+            save_checkpoint(path, "seg", model, args, **facts, step=last,
                             optimizer=optimizer.state_dict())
-            log(args.run, STAGE, iteration=step, of=args.iterations, loss=float(mean_loss),
-                     lr=lr, val_miou=miou, val_images=len(val_ids[:args.val_images]), crf=False,
-                     images_s=speed)
-        losses, began = [], time.time()
+    if done == args.iterations:
+        print(f"train_seg  {path} is complete: {done} iterations")
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    launch(main, parse_args())

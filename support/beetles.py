@@ -1,19 +1,22 @@
-"""The generated data set "beetles": `python data.py toy` writes it with make_toy."""
+"""The generated data set "beetles": `python data.py toy` writes it.
+
+A beetle's class is the pair (pattern of its body, colour of its head): neither a body patch nor a
+head patch alone tells the class, so context has to carry it from one to the other (Sec. 0.3.3).
+"""
 import math
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from data import IGNORE, save_mask
-from support.run import DataError, atomic, write_folder_files, write_lines
+from data import IGNORE, save_mask, write_folder
+from support.run import DataError, progress, atomic, read_text, write_lines
 
 TOY_SIZE = 96  # pixels a side
+Y, X = np.mgrid[:TOY_SIZE, :TOY_SIZE]
 TOY_SEED = 2601_14718
 PATTERNS = ("vertical", "horizontal", "checks", "diagonal")
 HEADS = {"red": (200, 45, 40), "green": (45, 165, 60)}
 TOY_CLASSES = ["background", *(f"{pattern}_{head}" for pattern in PATTERNS for head in HEADS)]
-PARTS = ["body", "head"]  # 1 and 2 in Parts/ID.png
 MIN_VISIBLE = 30  # pixels; a beetle that shows fewer is not labelled, and 255 in the mask
 TEXTURES = ("dots", "rings", "bricks", "zigzag")  # of backgrounds, with --cooccur
 
@@ -27,35 +30,31 @@ def toy_background(rng):
 
 def toy_pattern(pattern, rng):
     """(96, 96) bool: stripes or checks of a period of 6 to 8 pixels at a random phase."""
-    y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE]
     period, phase_x, phase_y = rng.uniform(6, 8), rng.uniform(0, 8), rng.uniform(0, 8)
-    vertical = (x + phase_x) / period % 1 < 0.5
-    horizontal = (y + phase_y) / period % 1 < 0.5
-    diagonal = ((x + y) / math.sqrt(2) + phase_x) / period % 1 < 0.5
+    vertical = (X + phase_x) / period % 1 < 0.5
+    horizontal = (Y + phase_y) / period % 1 < 0.5
+    diagonal = ((X + Y) / math.sqrt(2) + phase_x) / period % 1 < 0.5
     return {"vertical": vertical, "horizontal": horizontal, "checks": vertical ^ horizontal,
             "diagonal": diagonal}[pattern]
 
 
 def toy_texture(texture, rng):
     """(96, 96) bool: one of TEXTURES at a random phase, period about 12 pixels; no body has it."""
-    y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE] + rng.uniform(0, 12, (2, 1, 1))
-    row = y // 6
+    y, x = [Y, X] + rng.uniform(0, 12, (2, 1, 1))
     dots = (x % 12 - 6) ** 2 + (y % 12 - 6) ** 2 < 14
     rings = np.hypot(x % 48 - 24, y % 48 - 24) % 12 < 4
-    bricks = (y % 6 < 1.5) | ((x + row % 2 * 6) % 12 < 1.5)
+    bricks = (y % 6 < 1.5) | ((x + y // 6 % 2 * 6) % 12 < 1.5)
     zigzag = (y + abs(x % 12 - 6)) % 12 < 4
     return {"dots": dots, "rings": rings, "bricks": bricks, "zigzag": zigzag}[texture]
 
 
 def toy_shape(rng):
     """Two (96, 96) bool: an elliptic body and a disc head that overlaps one end of it."""
-    y, x = np.mgrid[:TOY_SIZE, :TOY_SIZE]
     centre_x, centre_y = rng.uniform(16, TOY_SIZE - 16, 2)
     long = rng.uniform(14, 24)  # half axes in pixels
-    short = long * rng.uniform(0.5, 0.8)
-    tilt = rng.uniform(0, 2 * math.pi)
-    along = (x - centre_x) * math.cos(tilt) + (y - centre_y) * math.sin(tilt)
-    across = (y - centre_y) * math.cos(tilt) - (x - centre_x) * math.sin(tilt)
+    short, tilt = long * rng.uniform(0.5, 0.8), rng.uniform(0, 2 * math.pi)
+    along = (X - centre_x) * math.cos(tilt) + (Y - centre_y) * math.sin(tilt)
+    across = (Y - centre_y) * math.cos(tilt) - (X - centre_x) * math.sin(tilt)
     body = (along / long) ** 2 + (across / short) ** 2 <= 1
     head = (along - long) ** 2 + across ** 2 <= (short * rng.uniform(0.55, 0.75)) ** 2
     return body, head
@@ -64,9 +63,8 @@ def toy_shape(rng):
 def toy_scene(split, index, cooccur=None):
     """Scene `index` of split 0, 1 or 2: image (96, 96, 3), mask and parts (96, 96), all uint8.
 
-    cooccur None: plain backgrounds. Else a probability: so often the background has the texture
-    that the class of the scene's first beetle prefers, otherwise any of the four. The beetles, and
-    with them mask and parts, are the same for every value.
+    cooccur None: plain backgrounds. Else the probability of the texture that the first beetle's
+    class prefers, otherwise any of the four. The beetles are the same for every value.
     """
     shapes, colours, places = (np.random.default_rng([TOY_SEED, split, index, use])
                                for use in range(3))
@@ -75,7 +73,7 @@ def toy_scene(split, index, cooccur=None):
     labels = shapes.choice(len(TOY_CLASSES) - 1, size=shapes.integers(1, 4), replace=False) + 1
     if cooccur is not None:
         favoured, texture = places.random() < cooccur, places.integers(len(TEXTURES))
-        if favoured:  # a train and its rails: the background tells the pattern, never the head
+        if favoured:  # as rails tell a train: the background tells the pattern, never the head
             texture = (labels[0] - 1) // len(HEADS)
         image[toy_texture(TEXTURES[texture], places)] *= 0.5
     for number, label in enumerate(labels, 1):
@@ -95,14 +93,14 @@ def toy_scene(split, index, cooccur=None):
 def make_toy(root, num, cooccur=None):
     """Write the beetles to root; num = images of (train, val, test). Fewer images are a prefix."""
     note, made_with = root / "cooccur.txt", f"{cooccur}\n"
-    if root.is_dir() and (note.read_text() if note.is_file() else "None\n") != made_with:
+    if root.is_dir() and (read_text(note) if note.is_file() else "None\n") != made_with:
         raise DataError(f"{root} holds beetles of another --cooccur: choose another --root")
     if cooccur is not None:
         write_lines(note, [cooccur])
     label_lines = []
     for split, (name, count) in enumerate(zip(("train", "val", "test"), num)):
         ids = [f"{name}_{index:05d}" for index in range(count)]
-        for index, image_id in enumerate(tqdm(ids, desc=name, disable=None)):
+        for index, image_id in enumerate(progress(ids, desc=name)):
             image, mask, parts = toy_scene(split, index, cooccur)
             with atomic(root / "JPEGImages" / f"{image_id}.jpg") as temporary:
                 Image.fromarray(image).save(temporary, format="JPEG", quality=95)
@@ -111,5 +109,5 @@ def make_toy(root, num, cooccur=None):
             present = np.setdiff1d(mask, [0, IGNORE])
             label_lines.append(" ".join([image_id, *(TOY_CLASSES[label] for label in present)]))
         write_lines(root / "ImageSets/Segmentation" / f"{name}.txt", ids)
-    write_lines(root / "Parts/names.txt", PARTS)
-    write_folder_files(root, "toy", TOY_CLASSES, label_lines)
+    write_lines(root / "Parts/names.txt", ["body", "head"])
+    write_folder(root, "toy", TOY_CLASSES, label_lines)

@@ -1,10 +1,9 @@
-"""The dense CRF in plain PyTorch: what pydensecrf computes, on CPU or GPU, nothing to compile.
+"""The dense CRF (Kraehenbuehl & Koltun 2011): pydensecrf, or the same in plain PyTorch.
 
-Mean field in a fully connected CRF (Kraehenbuehl & Koltun 2011) lets every pixel hear every other
-one in each iteration. Those sums are Gaussian filters over the pixels' features, and the
-permutohedral lattice (Adams, Baek & Davis 2010) computes them in linear time: splat every pixel
-onto the d + 1 corners of the simplex around it, blur along the lattice's d + 1 axes, slice back.
-tests/test_crf.py holds it to pydensecrf's labels on photographs.
+Mean field sends a message from every pixel to every other one in each iteration. Those sums are
+Gaussian filters over the pixels' features, and the permutohedral lattice (Adams, Baek & Davis 2010)
+computes them in linear time: splat every pixel onto the d + 1 corners of the simplex around it,
+blur along the lattice's d + 1 axes, slice back.
 """
 import math
 from functools import lru_cache
@@ -13,34 +12,31 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from support.run import DataError, deviation
+from support.run import DataError
 
 try:
     import pydensecrf.densecrf as densecrf
 except ImportError:  # it has no binary wheels and needs a C++ compiler
     densecrf = None
 
-PROB_FLOOR = 1e-5  # the CRF's unary energy is -log(p): keeps it finite
+PROB_FLOOR = 1e-5  # the unary energy is -log(p): keeps it finite
 
 
-def add_crf_flags(parser, default):
+def add_crf_flags(add, default):
     """--crf and the CRF's constants, as flags; crf_settings(args, device) reads them."""
-    add = parser.add_argument
-    add("--crf", nargs="?", choices=("auto", "torch", "pydensecrf", "none"), const="auto",
-        default=default, help="who computes the dense CRF: torch is support/crf.py, equal up to "
-        "rounding; auto, or no word: pydensecrf, if installed, on a CPU, else torch")
-    add("--crf-iterations", type=int, default=10, help="mean-field iterations")
-    add("--crf-sxy", type=deviation, default=67, help="bilateral kernel: deviation in pixels")
-    add("--crf-srgb", type=deviation, default=3,
-        help="bilateral kernel: deviation in RGB levels")
-    add("--crf-compat", type=float, default=4, help="bilateral kernel: weight of its Potts term")
+    add("--crf", default, "who computes the dense CRF: torch is support/crf.py, equal up to "
+        "rounding; auto, or no word: pydensecrf, if installed, on a CPU, else torch", nargs="?",
+        const="auto", choices=("auto", "torch", "pydensecrf", "none"))
+    add("--crf-iterations", 10, "mean-field iterations", high=1000)
+    add("--crf-sxy", 67.0, "bilateral kernel: deviation in pixels", toy=10.0, low=0.001)  # on val
+    add("--crf-srgb", 3.0, "bilateral kernel: deviation in RGB levels", toy=13.0, low=0.001)
+    add("--crf-compat", 4.0, "bilateral kernel: weight of its Potts term", high=1000)
 
 
 def crf_backend(name, device):
     """The backend that `--crf name` means on a device: "torch" or "pydensecrf"."""
     if name == "pydensecrf" and densecrf is None:
-        raise DataError("pydensecrf is not installed (`pip install pydensecrf2` needs a C++ "
-                        "compiler): --crf torch gives the same labels")
+        raise DataError("pydensecrf is not installed: --crf torch gives the same labels")
     if name == "auto":
         return "pydensecrf" if device.type == "cpu" and densecrf else "torch"
     return name
@@ -50,42 +46,31 @@ def crf_settings(args, device):
     """The keyword arguments of dense_crf that the flags set, or None for --crf none."""
     return None if args.crf == "none" else dict(
         backend=crf_backend(args.crf, device), iterations=args.crf_iterations,
-        bilateral_sxy=args.crf_sxy, bilateral_srgb=args.crf_srgb,
-        bilateral_compat=args.crf_compat)
-
-
-def constants_of(crf):
-    """What of crf_settings decides about the masks: all but who computes them."""
-    return {name: value for name, value in (crf or {}).items() if name != "backend"}
+        bilateral_sxy=args.crf_sxy, bilateral_srgb=args.crf_srgb, bilateral_compat=args.crf_compat)
 
 
 def dense_crf(image, probs, *, backend="auto", iterations=10, gaussian_sxy=1, gaussian_compat=3,
               bilateral_sxy=67, bilateral_srgb=3, bilateral_compat=4):
-    """Mean field in a fully connected CRF (Kraehenbuehl & Koltun 2011).
+    """Mean field in a fully connected CRF: refined probabilities (C, H, W) float32.
 
-    image (H, W, 3) uint8 RGB, as it was decoded; probs (C, H, W) float32, summing to one over C.
-    Arrays or tensors; backend torch computes where probs lie, auto as --crf auto says. Returns
-    refined probabilities (C, H, W) float32, of the kind that probs are. sxy are in pixels, srgb in
-    levels of 0 to 255; the defaults are ViT-PCM's.
+    image (H, W, 3) uint8 RGB, as it was decoded, array or tensor; probs (C, H, W) float32 tensor,
+    summing to one over C. sxy are in pixels, srgb in levels of 0 to 255; defaults are ViT-PCM's.
     """
     C, H, W = probs.shape
     if C == 1:
         return probs
-    unary = -torch.as_tensor(probs).clamp(min=PROB_FLOOR).log()
-    if crf_backend(backend, unary.device) == "torch":
-        Q = mean_field(
-            torch.as_tensor(image, device=unary.device), unary, iterations=iterations,
-            gaussian_sxy=gaussian_sxy, gaussian_compat=gaussian_compat,
-            bilateral_sxy=bilateral_sxy, bilateral_srgb=bilateral_srgb,
-            bilateral_compat=bilateral_compat)
-    else:
-        crf = densecrf.DenseCRF2D(W, H, C)
-        crf.setUnaryEnergy(unary.flatten(1).cpu().contiguous().numpy())
-        crf.addPairwiseGaussian(sxy=gaussian_sxy, compat=gaussian_compat)
-        crf.addPairwiseBilateral(sxy=bilateral_sxy, srgb=bilateral_srgb, compat=bilateral_compat,
-                                 rgbim=torch.as_tensor(image).cpu().contiguous().numpy())
-        Q = torch.tensor(np.asarray(crf.inference(iterations)), device=unary.device).view(C, H, W)
-    return Q if torch.is_tensor(probs) else Q.numpy()
+    unary = -probs.clamp(min=PROB_FLOOR).log()
+    image = torch.as_tensor(image, device=probs.device)
+    if crf_backend(backend, probs.device) == "torch":
+        return mean_field(image, unary, iterations, gaussian_sxy, gaussian_compat, bilateral_sxy,
+                          bilateral_srgb, bilateral_compat)
+    crf = densecrf.DenseCRF2D(W, H, C)
+    crf.setUnaryEnergy(unary.flatten(1).cpu().contiguous().numpy())
+    crf.addPairwiseGaussian(sxy=gaussian_sxy, compat=gaussian_compat)
+    crf.addPairwiseBilateral(sxy=bilateral_sxy, srgb=bilateral_srgb, compat=bilateral_compat,
+                             rgbim=image.cpu().contiguous().numpy())
+    Q = np.asarray(crf.inference(iterations))
+    return torch.tensor(Q, device=probs.device).view(C, H, W)
 
 
 def enclosing_simplex(features):
@@ -129,7 +114,6 @@ class GaussianFilter:
         d, N = features.shape
         device = features.device
         corner, rank, weights = enclosing_simplex(features)
-
         # corner k is corner 0 plus k, less d + 1 in the k coordinates of highest rank; its first d
         # coordinates (all sum to zero) are the digits of one int64 key
         corner, rank = corner[:d], rank[:d]
@@ -166,7 +150,6 @@ class GaussianFilter:
             behind = torch.full((M + 1,), M, device=device)
             behind[ahead] = torch.arange(M, device=device)
             self.neighbours.append((ahead.int(), behind[:M].int()))
-
         self.scale = 1.0  # to filter ones; then that to the power -1/2 on either side, (N, 1)
         self.scale = (self(torch.ones(N, 1, device=device)) + 1e-20).rsqrt()
 
@@ -197,17 +180,17 @@ def spatial_filter(height, width, sxy, device):
 
 
 @torch.no_grad()
-def mean_field(image, unary, *, iterations, gaussian_sxy, gaussian_compat, bilateral_sxy,
-               bilateral_srgb, bilateral_compat):
+def mean_field(image, unary, iterations, sxy, compat, bilateral_sxy, bilateral_srgb,
+               bilateral_compat):
     """image (H, W, 3) uint8, unary (C, H, W) float32 = -log p -> Q (C, H, W), all on one device."""
     C, H, W = unary.shape
     colours = image.permute(2, 0, 1).flatten(1).float()
     places = positions(H, W, unary.device)
     bilateral = GaussianFilter(torch.cat([places / bilateral_sxy, colours / bilateral_srgb]))
-    gaussian = spatial_filter(H, W, gaussian_sxy, unary.device)
+    gaussian = spatial_filter(H, W, sxy, unary.device)
     log_p = -unary.flatten(1).T.contiguous()  # (N, C)
     Q = log_p.softmax(dim=1)
-    for _ in range(iterations):  # Potts: what others say for a class speaks for it
-        heard = gaussian_compat * gaussian(Q) + bilateral_compat * bilateral(Q)
-        Q = (log_p + heard).softmax(dim=1)
+    for _ in range(iterations):  # Potts model: a class gains where similar pixels have it
+        messages = compat * gaussian(Q) + bilateral_compat * bilateral(Q)
+        Q = (log_p + messages).softmax(dim=1)
     return Q.T.reshape(C, H, W)

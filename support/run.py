@@ -1,168 +1,144 @@
-"""What every stage needs and no paper mentions: flags, presets, errors, files, checkpoints, processes."""
+"""What every stage needs and no paper mentions: errors, flags, files, checkpoints, processes."""
 import argparse
 import hashlib
 import json
 import math
+import multiprocessing
 import os
-import secrets
+import shutil
+import signal
 import sys
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
-from itertools import starmap
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-# What a data set changes; each value is the default of the flag of that name, and the flag wins.
-# Where a row names no value, the stage's own default stands: the paper's, or ViT-PCM's (README).
-VIT_B = "vit_base_patch16_384.augreg_in21k_ft_in1k"
-PRESETS = {
-    "voc": {
-        "train_cls": dict(train_split="trainaug", val_split="val", backbone=VIT_B, size=384,
-                          epochs=50, batch_size=16, frozen_epochs=2, train_blocks=5,
-                          schedule="two-stage", lr=1e-3, late_lr=1e-4),
-        "make_pseudo": dict(split="trainaug", size=960),
-        "train_seg": dict(train_split="trainaug", val_split="val", backbone="resnet101.tv_in1k",
-                          crop=321, batch_size=10, iterations=20000, save_every=1000, lr=2.5e-4,
-                          aspp_lr=10, scales=[1.0, 0.75, 0.5], rescale=[0.5, 1.5],
-                          freeze_bn=True),
-        "evaluate": dict(split="val"),
-    },
-    "toy": {
-        "train_cls": dict(train_split="train", val_split="val", backbone="vit_toy", size=96,
-                          pretrained=False, epochs=6, batch_size=8, frozen_epochs=0,
-                          train_blocks=4, schedule="cosine", lr=7e-4, late_lr=0.0, dropout=0.0,
-                          augment=["flip"]),
-        "make_pseudo": dict(split="train", size=96, crf_sxy=10, crf_srgb=13),  # found on val
-        "train_seg": dict(train_split="train", val_split="val", backbone="resnet_toy",
-                          pretrained=False, crop=96, batch_size=10, iterations=300, save_every=100,
-                          lr=0.02, aspp_lr=1, scales=[1.0, 0.75], rescale=[0.75, 1.25],
-                          freeze_bn=False),
-        "evaluate": dict(split="test", crf_sxy=10, crf_srgb=13),
-    },
-}
-PRESETS["coco"] = {  # as voc; 100,000 iterations: the public PyTorch DeepLabv2's COCO-Stuff setting
-    **PRESETS["voc"],
-    "train_cls": PRESETS["voc"]["train_cls"] | dict(train_split="train"),
-    "make_pseudo": PRESETS["voc"]["make_pseudo"] | dict(split="train"),
-    "train_seg": PRESETS["voc"]["train_seg"] | dict(train_split="train", iterations=100000,
-                                                    save_every=5000),
-}
-
-
-# --- command lines, errors, the run folder ---------------------------------------------------
 
 class DataError(Exception):
     """A user's mistake, told in one line that names the file and the way out."""
 
     def __init__(self, message):
         # a DataLoader worker hands over its whole traceback as the message: the last line is ours
-        super().__init__(str(message).strip().splitlines()[-1].removeprefix("support.run.DataError: "))
+        last = str(message).strip().splitlines()[-1]
+        super().__init__(last.removeprefix(f"{__name__}.DataError: "))
 
 
-def run(main, args):
-    """Call main(args); a DataError, or a full disk, ends in one line and exit code 1."""
+def launch(main, args):
+    """Call main(args); a mistake, a full disk, a dead worker or Ctrl-C ends it in one line."""
     try:
         main(args)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit("error: a worker process died (no memory?): call again, with fewer --workers")
+    except KeyboardInterrupt:
+        print("interrupted: what is written stays", file=sys.stderr, flush=True)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        os._exit(130)  # at once: no queue is computed to its end
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def positive(text):
-    """argparse type: a whole number above zero."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above zero")
-    return int(text)
+# --- flags -------------------------------------------------------------------------------------
+
+PRESETS = ("voc", "coco", "toy")
 
 
-def probability(text):
-    """argparse type: a number from 0 to 1."""
-    try:
-        if 0 <= float(text) <= 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+def number(kind, low, high):
+    """argparse type: a finite number of a kind (int or float) from low to high."""
+    def _parse(text):
+        if not low <= kind(text) <= high:
+            raise ValueError
+        return kind(text)
+    _parse.__name__ = f"{'whole ' * (kind is int)}number from {low} to {high}:"  # argparse tells it
+    return _parse
 
 
-def deviation(text):
-    """argparse type: a number from 0.001 up; what is smaller leaves nobody anything to hear."""
-    try:
-        if 0.001 <= float(text) < math.inf:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0.001 up")
+class Flags:
+    """argparse with a default for each preset, which stands on the flag's own line."""
+
+    def __init__(self, doc):
+        self.parser = argparse.ArgumentParser(
+            description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+            argument_default=argparse.SUPPRESS)  # so that parse() sees what was given
+        self.error, self.defaults = self.parser.error, {}
+
+    def add(self, flag, default, text, low=0, high=10**9, **options):
+        """add("--lr", 1e-3, "what it is", toy=7e-4): voc's default, and where a preset departs.
+
+        A number, or a list of them, lies in [low, high]; a bool makes --flag and --no-flag.
+        """
+        values = {preset: options.pop(preset, default) for preset in PRESETS}
+        sample = default[0] if isinstance(default, list) else default
+        if isinstance(sample, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(sample, (int, float)):
+            options["type"] = number(type(sample), low, high)
+        shown = ", ".join(f"{preset} {value}" for preset, value in values.items())
+        if all(value == default for value in values.values()):
+            shown = "" if default in (None, False) else f"default {default}"
+        self.parser.add_argument(flag, help=text + f" ({shown})" * bool(shown), **options)
+        self.defaults[flag[2:].replace("-", "_")] = values
+
+    def parse(self, argv=None, needed=("data", "run")):
+        """The arguments, with the defaults of --preset, or of the one that DATA or RUN names."""
+        given = vars(self.parser.parse_args(argv))
+        for name in needed:
+            if name not in given:
+                self.error(f"--{name} is needed")
+        notes = [given[home] / "preset.txt" for home in ("data", "run") if home in given]
+        named = [read_text(note).strip() for note in notes if note.is_file()]
+        preset = given.get("preset") or (named or ["voc"])[0]
+        if preset not in PRESETS:
+            self.error(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
+        chosen = {name: values[preset] for name, values in self.defaults.items()}
+        for name in ("train_split", "split"):  # VOC without SBD has no trainaug.txt: its own train
+            if chosen.get(name) == "trainaug" and "data" in given:
+                if not (given["data"] / "ImageSets/Segmentation/trainaug.txt").exists():
+                    chosen[name] = "train"
+        return argparse.Namespace(**chosen | given | dict(preset=preset))
 
 
-def stage_parser(doc):
-    """The flags that all four stages share; parse() fills the defaults that a preset gives."""
-    class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-        """The docstring as it stands, and each flag's default."""
-
-    parser = argparse.ArgumentParser(description=doc, formatter_class=Help)
-    parser.add_argument("--data", type=Path, help="data set folder, laid out as data.py says")
-    parser.add_argument("--run", type=Path, help="folder that this and the other stages write to")
-    parser.add_argument("--preset", choices=PRESETS, help="row of PRESETS in support/run.py that gives "
-                        "the defaults; without this flag DATA/preset.txt names it, else it is voc")
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1),
-                        help="worker processes: they load images, write masks and, on a CPU, run "
-                        "the CRF; 0: none. Results do not depend on it")
-    parser.add_argument("--amp", action=argparse.BooleanOptionalAction,
-                        default=torch.cuda.is_available(),
-                        help="run the network in bfloat16 autocast (the losses stay in float32)")
-    return parser
-
-
-def training_parser(doc):
-    """stage_parser, and the flags that the two stages which train share."""
-    parser = stage_parser(doc)
-    add = parser.add_argument
-    add("--weights", help="local copy of the backbone's timm weights, instead of the hub's")
-    add("--pretrained", action=argparse.BooleanOptionalAction, default=True,
-        help="start from the backbone's ImageNet weights, not from random ones")
-    add("--seed", type=int, default=0, help="of the weights, the order and the augmentation")
-    add("--compile", action="store_true", help="torch.compile the backbone in training: meant for "
-        "GPUs and long runs (it needs a C compiler, on a CPU one of C++, and time to begin with)")
-    add("--resume", action="store_true",
-        help="go on from RUN's checkpoint exactly as if never interrupted")
-    add("--overwrite", action="store_true", help="replace RUN's checkpoint if there is one")
-    return parser
+def stage_flags(doc, trains=False):
+    """The flags that all four stages share, and those of the two which train."""
+    flags = Flags(doc)
+    add = flags.add
+    add("--data", None, "data set folder, laid out as data.py says", type=Path)
+    add("--run", None, "folder that this and the other stages write to", type=Path)
+    add("--preset", None, "whose defaults to take; if not given, what DATA/preset.txt names, else "
+        "voc", choices=PRESETS)
+    add("--workers", min(16, os.cpu_count() or 1), "processes that load images and, on a CPU, run "
+        "the CRF; results do not depend on it", high=1024)
+    add("--amp", torch.cuda.is_available(), "run the network in bfloat16 autocast")
+    if not trains:
+        return flags
+    add("--weights", None, "local copy of the backbone's timm weights, instead of the hub's")
+    add("--pretrained", True, "start from the backbone's ImageNet weights, not from random ones",
+        toy=False)
+    add("--seed", 0, "of the weights, the order and the augmentation", high=2**31 - 1)
+    add("--compile", False, "torch.compile the network: meant for GPUs and long runs")
+    add("--resume", False, "go on from RUN's checkpoint exactly as if never interrupted")
+    add("--overwrite", False, "replace RUN's checkpoint if there is one")
+    return flags
 
 
-def parse(parser, stage, argv=None, needed=("data", "run")):
-    """Parse argv with the defaults that --preset, or DATA/preset.txt, gives to this stage."""
-    argv = sys.argv[1:] if argv is None else argv
-    known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    notes = [home / "preset.txt" for home in (known.data, known.run) if home]
-    named = [note.read_text().strip() for note in notes if note.is_file()]
-    preset = known.preset or (named or ["voc"])[0]
-    if preset not in PRESETS:
-        parser.error(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
-    defaults = dict(PRESETS[preset][stage])
-    for flag in ("train_split", "split"):  # VOC without SBD has no trainaug.txt: its own train then
-        if defaults.get(flag) == "trainaug" and known.data:
-            if not (known.data / "ImageSets/Segmentation/trainaug.txt").exists():
-                defaults[flag] = "train"
-    parser.set_defaults(preset=preset, **defaults)
-    args = parser.parse_args(argv)
-    for name in needed:
-        if getattr(args, name) is None:
-            parser.error(f"--{name} is needed")
-    return args
-
+# --- files -------------------------------------------------------------------------------------
 
 @contextmanager
 def atomic(path):
     """Yield a temporary name beside path and rename it to path once the block has succeeded."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # what a killed run leaves, the next one uses
     try:
         yield temporary
         os.replace(temporary, path)
@@ -173,37 +149,15 @@ def atomic(path):
 def write_lines(path, lines):
     """Write a text file, one line an entry, atomically."""
     with atomic(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines))
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def write_folder_files(root, preset, classes, label_lines):
-    """Write a folder's three readable files; image_labels.txt, the last one, completes it."""
-    write_lines(root / "classes.txt", classes)
-    write_lines(root / "preset.txt", [preset])
-    write_lines(root / "image_labels.txt", label_lines)
-
-def log(run, stage, **values):
-    """Print one line of results and append the same values to RUN/log.jsonl."""
-    shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-    print(f"{stage}  " + "  ".join(shown), flush=True)
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / "log.jsonl", "a") as file:
-        file.write(json.dumps({"stage": stage, **values}) + "\n")
-
-
-def in_parallel(function, jobs, workers):
-    """Yield function(*job) in order, from worker processes, while jobs are still being made."""
-    if workers == 0:
-        yield from starmap(function, jobs)
-        return
-    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        pending = deque()
-        for job in jobs:
-            pending.append(pool.submit(function, *job))
-            if len(pending) > 8 * workers:  # bounds the memory that waiting jobs hold
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+def read_text(path):
+    """A text file's content: UTF-8, with or without a byte-order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is no UTF-8 text: save it as UTF-8")
 
 
 def digest(path):
@@ -212,51 +166,141 @@ def digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def claim(directory, settings, overwrite):
-    """Note what the masks in directory are made with; refuse to mix them with others."""
-    note = directory / "settings.json"
-    if overwrite and directory.is_dir():
-        for path in directory.glob("*.png"):
-            path.unlink()
-    elif note.is_file() and json.loads(note.read_text()) != settings:
-        raise DataError(f"{directory} holds masks of other data, cls.pt or flags ({note}): "
-                        "--overwrite replaces them, --run writes elsewhere")
-    write_lines(note, [json.dumps(settings)])
+def open_run(run):
+    """Make the run folder; say now, not after an epoch, that it cannot be written."""
+    if run.exists() and not (run.is_dir() and os.access(run, os.W_OK)):
+        raise DataError(f"--run {run} is no folder that can be written to: choose another")
+    run.mkdir(parents=True, exist_ok=True)
 
 
-# --- checkpoints and processes -----------------------------------------------------------------
+def log(run, stage, **values):
+    """Print one line of results and append the same values to RUN/log.jsonl."""
+    shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+    print(f"{stage}  " + "  ".join(shown), flush=True)
+    with open(run / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"stage": stage, **values}) + "\n")
+
+
+def progress(items, desc, total=None, disable=False):
+    """tqdm's bar on a terminal; elsewhere a plain line every half minute."""
+    plain = dict(mininterval=30, maxinterval=30, delay=30,
+                 bar_format="{desc}: {n_fmt} of {total_fmt} [{elapsed}<{remaining}]\n")
+    return tqdm(items, desc, total, disable=disable, **{} if sys.stderr.isatty() else plain)
+
+
+# --- checkpoints: RUN/cls.pt and RUN/seg.pt ----------------------------------------------------
 
 MADE_BY = {"cls": "train_cls.py", "seg": "train_seg.py"}
-
-
-def save_checkpoint(path, kind, model, **content):
-    """Write a file that describes itself: what it is, its config and weights, and `content`."""
-    with atomic(path) as temporary:
-        torch.save({"kind": kind, "config": asdict(model.config), "model": model.state_dict(),
-                    **content}, temporary)
+FREE = "data run preset workers amp compile weights pretrained resume overwrite".split()
 
 
 def load_checkpoint(path, kind):
     """The dictionary that save_checkpoint wrote, on the CPU; kind is "cls" or "seg"."""
+    again = f"run {MADE_BY[kind]}"
     if not path.is_file():
-        raise DataError(f"{path} not found: run {MADE_BY[kind]} first")
+        raise DataError(f"{path} not found: {again} first")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = checkpoint["kind"]
     except Exception as error:  # zip, pickle and torch each have their own
-        raise DataError(f"{path} is not a readable checkpoint ({type(error).__name__}): "
-                        f"run {MADE_BY[kind]} again")
-    found = checkpoint.get("kind") if isinstance(checkpoint, dict) else None
-    if found != kind:
-        raise DataError(f"{path} is no {kind} checkpoint but {found or 'something else'}: "
-                        f"{MADE_BY[kind]} writes one")
+        raise DataError(f"{path} is not a readable checkpoint ({type(error).__name__}): {again}")
+    missing = {"config", "args", "model", "optimizer", "classes", "ids", "labels"} - {*checkpoint}
+    if found != kind or missing:
+        raise DataError(f"{path} is no {kind} checkpoint but {found}, {missing or 'whole'}: {again}")
     return checkpoint
 
+
+def open_checkpoint(args, kind, **facts):
+    """(path, checkpoint): RUN's, where --resume asks for it and flags and facts fit; or None."""
+    path, way_out = args.run / f"{kind}.pt", "choose another --run, or --overwrite"
+    open_run(args.run)
+    if not path.exists() or args.overwrite:
+        return path, None
+    if not args.resume:
+        raise DataError(f"{path} exists: --resume goes on, --overwrite starts anew")
+    checkpoint = load_checkpoint(path, kind)
+    for name, value in facts.items():
+        if checkpoint.get(name) != value:
+            raise DataError(f"{path} was made with other {name}: {way_out}")
+    for name, old in checkpoint["args"].items():
+        now = getattr(args, name, None)
+        if name not in FREE and old not in (now, str(now)):  # paths are kept as text
+            flag = name.replace("_", "-")
+            raise DataError(f"{path} was made with --{flag} {old}, now it is {now}: {way_out}")
+    return path, checkpoint
+
+
+def restore(path, checkpoint, **parts):
+    """Give model and optimizer the state of a checkpoint."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise DataError(f"{path} does not fit ({str(error).splitlines()[0][:80]}): train anew")
+
+
+def check_finite(model, loss, where, path):
+    """Refuse to go on, and so to save, where loss or weights are not finite."""
+    if not math.isfinite(loss) or not all(w.isfinite().all() for w in model.state_dict().values()):
+        raise DataError(f"loss {loss:.3g} or weights are not finite {where}: lower --lr; {path} is "
+                        "left as it was")
+
+
+def save_checkpoint(path, kind, model, args, **content):
+    """Write a file that describes itself: what it is, its config and weights, and `content`."""
+    plain = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+    try:
+        with atomic(path) as temporary:
+            torch.save({"kind": kind, "config": asdict(model.config), "args": plain,
+                        "model": model.state_dict(), **content}, temporary)
+    except (OSError, RuntimeError) as error:  # torch's own file writer raises RuntimeError
+        raise DataError(f"{path} cannot be written (is the disk full?): {str(error)[:100]}")
+
+
+# --- folders of masks --------------------------------------------------------------------------
+
+def read_settings(folder):
+    """How the masks in a folder were made, as claimed() noted it; {} if it did not."""
+    note = folder / "settings.json"
+    try:
+        return dict(json.loads(read_text(note))) if note.is_file() else {}
+    except (ValueError, TypeError):
+        raise DataError(f"{note} is damaged: delete it and the masks beside it, or --overwrite")
+
+
+def check_masks(folder, settings):
+    """Refuse to add masks to those that were made with other settings, or nobody knows how."""
+    if any(folder.glob("*.png")) and read_settings(folder) != settings:
+        raise DataError(f"{folder} holds masks of other data, labels, weights or flags than these, "
+                        "or has no settings.json: --overwrite replaces them, --run writes elsewhere")
+
+
+def claimed(results, outputs, overwrite):
+    """The same results; before the first is handed on, each folder notes how its masks are made.
+
+    outputs {folder: settings}. With overwrite the masks there are deleted then, and not earlier: a
+    mistake that shows with the first image costs nothing.
+    """
+    first = next(results, None)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        for folder, settings in outputs.items():
+            for path in folder.glob("*.png") if overwrite else ():
+                path.unlink()
+            write_lines(folder / "settings.json", [json.dumps(settings)])
+    if dist.is_initialized():
+        dist.barrier()
+    if first is not None:
+        yield first
+    yield from results
+
+
+# --- processes ---------------------------------------------------------------------------------
 
 def join_processes():
     """(device, rank, world): this process's place under torchrun (nccl or gloo), or alone."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    torch.set_flush_denormal(True)  # a CPU is several times slower on the tiniest gradients
+    torch.set_flush_denormal(True)  # a CPU is several times slower on denormal numbers
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -268,32 +312,41 @@ def join_processes():
         dist.init_process_group(**{"backend": "gloo", **cuda}, timeout=timedelta(hours=12))
     return device, rank, world
 
-READ_EVERY = 20  # steps between two looks at the loss: each look waits for the GPU
+
+def prepare(model, args, world):
+    """The network that trains: model, over several ranks if there are, compiled if asked for."""
+    network = DistributedDataParallel(model) if world > 1 else model
+    if not args.compile:
+        return network
+    names = ("gcc", "clang") if torch.cuda.is_available() else ("g++", "clang++")
+    if not any(map(shutil.which, [*names, os.environ.get("CXX", names[0])])):
+        raise DataError(f"--compile needs {' or '.join(names)}: install one, or leave the flag out")
+    return torch.compile(network, dynamic=False)
 
 
-def read_losses(recent, where, way_out):
-    """The losses of [(tensor, samples)] as numbers; one that is not finite names its samples."""
-    losses = torch.stack([loss for loss, _ in recent]).tolist()
-    for loss, (_, samples) in zip(losses, recent):
-        if not math.isfinite(loss):
-            raise DataError(f"the loss is {loss} {where}, images {', '.join(samples)}: {way_out}")
-    return losses
+def ignore_interrupts(worker):
+    """worker_init_fn of a DataLoader: Ctrl-C is the main process's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def plain(args):
-    """The arguments of a run as checkpoints keep them: paths as strings."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+class Calls(partial):
+    """A function as a data set: its "index" is a job, the function's arguments."""
+
+    def __getitem__(self, job):
+        return self(*job)
 
 
-def check_resume(checkpoint, args, path, **facts):
-    """Refuse to go on with other flags, or on other data, than the checkpoint was made with."""
-    for name, value in facts.items():
-        if checkpoint[name] != value:
-            raise DataError(f"{path} was made with other {name}: choose another --run, or "
-                            "--overwrite")
-    free = {"data", "run", "preset", "workers", "amp", "compile", "cache", "weights",
-            "pretrained", "resume", "overwrite"}
-    for name, old in checkpoint["args"].items():
-        if name not in free and plain(args).get(name) != old:
-            raise DataError(f"{path} was made with --{name.replace('_', '-')} {old}, now it is "
-                            f"{plain(args).get(name)}: choose another --run, or --overwrite")
+def as_it_is(result):
+    """collate_fn of a DataLoader that leaves arrays arrays."""
+    return result
+
+
+def in_workers(function, jobs, workers):
+    """Iterate over function(*job) in order; DataLoader's workers compute while jobs are made.
+
+    DataLoader has what a pool needs: it draws few jobs ahead, a worker that is killed ends in an
+    error, and workers end when this process does. Jobs and results are numpy arrays and the like.
+    """
+    return iter(DataLoader(Calls(function), batch_size=None, sampler=jobs, num_workers=workers,
+                           collate_fn=as_it_is, worker_init_fn=ignore_interrupts,
+                           prefetch_factor=4 if workers else None))

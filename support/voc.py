@@ -1,9 +1,8 @@
 """VOC 2012 and SBD as a data set folder: `python data.py voc` calls make_voc."""
 import xml.etree.ElementTree as ElementTree
 
-from tqdm import tqdm
-
-from support.run import DataError, write_folder_files, write_lines
+from data import write_folder
+from support.run import DataError, progress, read_text, write_lines
 
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
                "dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()
@@ -24,9 +23,8 @@ def download_voc(root, sbd):
             download_and_extract_archive(SBDataset.url, sbd, filename=SBDataset.filename,
                                          md5=SBDataset.md5)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"the download failed ({error}): fetch VOCtrainval_11-May-2012.tar and "
-                        f"SBD's benchmark.tgz by hand, and unpack them so that "
-                        f"{root}/Annotations and {sbd} hold them")
+        raise DataError(f"the download failed ({error}): unpack VOCtrainval_11-May-2012.tar so that "
+                        f"{root}/Annotations exists, and SBD's benchmark.tgz in {sbd}")
 
 
 def voc_label_line(root, image_id):
@@ -36,43 +34,39 @@ def voc_label_line(root, image_id):
         names = {node.findtext("name") for node in ElementTree.parse(path).iter("object")}
     except (OSError, ElementTree.ParseError) as error:
         raise DataError(f"{path} cannot be read ({error})")
-    unknown = names - set(VOC_CLASSES)
-    if not names:
-        raise DataError(f"{path} names no object")
-    if unknown:
-        raise DataError(f"{path} names {unknown.pop()!r}, which is no class of VOC")
+    if not names or names - set(VOC_CLASSES):
+        raise DataError(f"{path} names {names - set(VOC_CLASSES) or 'no object'}: not VOC's")
     return " ".join([image_id, *sorted(names, key=VOC_CLASSES.index)])
 
 
 def read_ids(path):
     """The ids of a split list that an archive brings."""
     if not path.is_file():
-        raise DataError(f"{path} not found: unpack VOC so that ROOT/Annotations exists (and SBD so "
-                        "that --sbd holds train.txt and val.txt), or pass --download")
-    return path.read_text().split()
+        raise DataError(f"{path} not found: unpack VOC (and SBD) there, or pass --download")
+    return read_text(path).split()
 
 
-def make_voc(root, sbd=None, counts=VOC_COUNTS):
+def make_voc(root, sbd=None, download=False, counts=VOC_COUNTS):
     """Turn an unpacked VOC 2012 (and SBD's two lists, if sbd is given) into a data set folder."""
-    lists = root / "ImageSets/Segmentation"
+    if download:
+        sbd = sbd or root / "sbd"
+        download_voc(root, sbd)
+    home = lists = root / "ImageSets/Segmentation"
     splits = {name: read_ids(lists / f"{name}.txt") for name in ("train", "val")}
-    home = lists
     if sbd is None and (lists / "trainaug.txt").is_file():
         splits["trainaug"] = read_ids(lists / "trainaug.txt")
     elif sbd is not None:
-        homes = [path.parent for path in sorted(sbd.rglob("train.txt"))
-                 if (path.parent / "val.txt").is_file()]
-        home = homes[0] if homes else sbd
+        home = next((p.parent for p in sorted(sbd.rglob("val.txt"))), sbd)
         extra = read_ids(home / "train.txt") + read_ids(home / "val.txt")
         splits["trainaug"] = sorted({*splits["train"], *extra} - {*splits["val"]})
     for name, ids in splits.items():
         if len(ids) != counts[name]:
-            raise DataError(f"{name} has {len(ids)} images, expected {counts[name]}: "
-                            f"is {root if name != 'trainaug' else home} complete?")
+            raise DataError(f"{name} has {len(ids)} images, expected {counts[name]}: are {root} and "
+                            f"{home} complete?")
     every_id = sorted(set().union(*splits.values()))
-    label_lines = [voc_label_line(root, i) for i in tqdm(every_id, desc="labels", disable=None)]
+    label_lines = [voc_label_line(root, i) for i in progress(every_id, desc="labels")]
     if "trainaug" in splits:
         write_lines(lists / "trainaug.txt", splits["trainaug"])
     else:
         print(f"without --sbd: training will use the {len(splits['train']):,} images of train")
-    write_folder_files(root, "voc", VOC_CLASSES, label_lines)
+    write_folder(root, "voc", VOC_CLASSES, label_lines)
