@@ -15,6 +15,7 @@ three are in support/.
 """
 import argparse
 import hashlib
+from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -22,13 +23,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as v2
+from torchvision.transforms import v2
+from torchvision.tv_tensors import Mask
 
 from support.run import (DataError, atomic, ignore_interrupts, launch, number, read_text,
                          write_lines)
 
 IGNORE = 255  # the mask value that is never trained on and never scored
-JITTER = 0.3  # brightness, contrast and saturation change by up to this share
+AUGMENT = {  # of stage 1; the paper names none, the jitter's strength is ours
+    "flip": v2.RandomHorizontalFlip(), "vflip": v2.RandomVerticalFlip(),
+    "transpose": v2.RandomApply([v2.RandomRotation((90, 90)), v2.RandomVerticalFlip(1)]),
+    "jitter": v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3)}
 
 
 # --- the folder --------------------------------------------------------------------------------
@@ -86,8 +91,8 @@ class Folder:
         """(C,) float32, 1 for each class that image_labels.txt names; background is always 1."""
         names, where = self._labels.get(image_id), self.root / "image_labels.txt"
         if not names:
-            raise DataError(f"{where}: no label for {image_id}: add '{image_id} NAME ...' "
-                            f"('{image_id} background' where it shows no object)")
+            raise DataError(f"{where}: no label for {image_id}: add '{image_id} NAME ...', with "
+                            "'background' where it shows no object")
         labels = torch.zeros(len(self.classes))
         labels[0] = 1
         for name in names:
@@ -103,7 +108,7 @@ class Folder:
 
     def image_path(self, image_id):
         """JPEGImages/ID.jpg, or .jpeg, or .png."""
-        paths = [self.root / "JPEGImages" / f"{image_id}{end}" for end in (".jpg", ".jpeg", ".png")]
+        paths = [self.root / f"JPEGImages/{image_id}{end}" for end in (".jpg", ".jpeg", ".png")]
         return next((path for path in paths if path.is_file()), paths[0])
 
     def mask_path(self, image_id):
@@ -120,9 +125,8 @@ def decode(path):
             image.load()
             return image
     except Exception as error:  # on damaged files Pillow's decoders raise a dozen types
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:100]
-        raise DataError(f"{path} cannot be read ({reason}): replace it, or take it out of the "
-                        "split")
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:90]
+        raise DataError(f"{path} cannot be read ({reason}): mend it, or take it out of the split")
 
 
 def read_image(path):
@@ -174,16 +178,13 @@ def save_mask(path, mask):
 
 # --- what the stages see -----------------------------------------------------------------------
 
-def to_tensor(image):
-    """PIL RGB -> (3, H, W) uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
 class Images(Dataset):
-    """Stages 2 and 4: index -> id, image (H, W, 3) uint8 as it was decoded."""
+    """Stages 2 and 4: index -> id, image (H, W, 3) uint8 as decoded, resized (3, S, S) uint8."""
 
-    def __init__(self, folder, ids):
+    def __init__(self, folder, ids, size=1):
         self.folder, self.ids = folder, ids
+        bicubic = v2.InterpolationMode.BICUBIC
+        self.resize = v2.Compose([v2.Resize((size, size), bicubic), v2.PILToTensor()])
 
     def __len__(self):
         return len(self.ids)
@@ -193,34 +194,30 @@ class Images(Dataset):
         return read_image(self.folder.image_path(self.ids[index]))
 
     def __getitem__(self, index):
-        return self.ids[index], np.array(self.read(index))
+        image = self.read(index)
+        return self.ids[index], np.array(image), self.resize(image)
+
+
+@contextmanager
+def seeded(seed, draw):
+    """Torch's random numbers of this block are a function of seed and draw alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed * 1_000_003 + draw)
+        yield
 
 
 class LabelledImages(Images):
     """Stage 1: (index, draw) -> image (3, S, S) uint8, labels (C,)."""
 
     def __init__(self, folder, ids, size, augment=(), seed=0):
-        super().__init__(folder, ids)
-        self.size, self.augment, self.seed = size, augment, seed
-        self.labels = torch.stack([folder.image_labels(i) for i in ids])
+        super().__init__(folder, ids, size)
+        self.seed, self.labels = seed, torch.stack([folder.image_labels(i) for i in ids])
+        self.augment = v2.Compose([AUGMENT[name] for name in augment] or [v2.Identity()])
 
     def __getitem__(self, item):
         index, draw = item
-        image = self.read(index)
-        image = to_tensor(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + draw)
-        flip, vflip, transpose, *factors = torch.rand(6, generator=generator).tolist()
-        if "flip" in self.augment and flip < 0.5:
-            image = image.flip(2)
-        if "vflip" in self.augment and vflip < 0.5:
-            image = image.flip(1)
-        if "transpose" in self.augment and transpose < 0.5:
-            image = image.transpose(1, 2)
-        if "jitter" in self.augment:
-            for adjust, factor in zip((v2.adjust_brightness, v2.adjust_contrast,
-                                       v2.adjust_saturation), factors):
-                image = adjust(image, 1 + JITTER * (2 * factor - 1))
-        return image, self.labels[index]
+        with seeded(self.seed, draw):
+            return self.augment(self.resize(self.read(index))), self.labels[index]
 
 
 class MaskedImages(Images):
@@ -228,41 +225,30 @@ class MaskedImages(Images):
 
     def __init__(self, folder, ids, masks, crop, rescale, seed, fill):
         super().__init__(folder, ids)
-        self.masks = masks
-        self.crop, self.rescale, self.seed, self.fill = crop, rescale, seed, fill
+        self.masks, self.rescale, self.seed = masks, rescale, seed
+        # what lies outside the image is filled with the pixel mean, and ignored
+        self.change = v2.Compose([
+            v2.RandomCrop(crop, pad_if_needed=True, fill={Image.Image: fill, Mask: IGNORE}),
+            v2.RandomHorizontalFlip(), v2.PILToTensor()])
         for image_id in ids:
             if not (masks / f"{image_id}.png").is_file():
                 raise DataError(f"{masks}/{image_id}.png not found: run make_pseudo.py first")
 
     def __getitem__(self, item):
         index, draw = item
-        image = self.read(index)
-        mask = read_mask(self.masks / f"{self.ids[index]}.png", len(self.folder.classes),
-                         image.size)
-        rng = np.random.default_rng([self.seed, draw])
-        scale = rng.uniform(*self.rescale)
-        size = [max(1, round(side * scale)) for side in image.size]
-        image = image.resize(size, Image.Resampling.BILINEAR)
-        mask = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
-        # a window of crop x crop at random; what lies outside the image is filled and ignored
-        left, top = (int(rng.integers(min(0, side - self.crop), max(0, side - self.crop) + 1))
-                     for side in size)
-        canvas = Image.new("RGB", (self.crop, self.crop), self.fill)
-        canvas.paste(image, (-left, -top))
-        target = Image.new("L", (self.crop, self.crop), IGNORE)
-        target.paste(mask, (-left, -top))
-        pixels, labels = to_tensor(canvas), torch.from_numpy(np.array(target, dtype=np.int64))
-        if rng.random() < 0.5:
-            pixels, labels = pixels.flip(2), labels.flip(1)
-        return pixels, labels
+        image, path = self.read(index), self.masks / f"{self.ids[index]}.png"
+        mask = Mask(read_mask(path, len(self.folder.classes), image.size))
+        with seeded(self.seed, draw):
+            scale = torch.empty(()).uniform_(*self.rescale).item()
+            size = [max(1, round(side * scale)) for side in (image.height, image.width)]
+            image, mask = self.change(v2.functional.resize(image, size),
+                                      v2.functional.resize(mask, size))  # nearest neighbour
+        return image, mask.long()
 
 
-def resized(items, size):
-    """collate_fn of Images in stage 2: ids, images as they are, images (B, 3, size, size) uint8."""
-    ids, originals = zip(*items)
-    images = [Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
-              for image in originals]
-    return ids, originals, torch.stack([to_tensor(image) for image in images])
+def columns(items):
+    """collate_fn for images of many sizes: a tuple of each of an item's parts."""
+    return tuple(zip(*items))
 
 
 def loader(dataset, args, device, **options):
@@ -311,14 +297,10 @@ def parse_args(argv=None):
     add("--num", type=number(int, 1, 99999), nargs=3, default=(1500, 200, 200), metavar="N",
         help="toy: images of train, val and test (default: 1500 200 200)")
     add("--cooccur", type=number(float, 0, 1), metavar="P",
-        help="toy: textured backgrounds; with probability P the texture is the one that the first "
-        "beetle's class prefers, a temptation to call it a beetle")
-    add("--sbd", type=Path, help="voc: SBD's folder; its train.txt and val.txt make the 10,582 "
-        "images of trainaug")
-    add("--train-masks", action="store_true", help="coco: masks of train as well as of val; only "
-        "to score pseudo masks")
-    add("--download", action="store_true", help="voc, coco: fetch the archives of VOC 2012 and "
-        "SBD, or of COCO 2014, first")
+        help="toy: probability that the background has the texture of the first beetle's class")
+    add("--sbd", type=Path, help="voc: SBD's folder; its train.txt and val.txt make trainaug")
+    add("--train-masks", action="store_true", help="coco: masks of train, too, to score")
+    add("--download", action="store_true", help="voc, coco: fetch the archives first")
     return parser.parse_args(argv)
 
 

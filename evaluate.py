@@ -42,14 +42,12 @@ def parse_args(argv=None):
     add("--masks", None, "score this folder of ID.png instead of predicting", type=Path)
     add("--image", None, "segment this one photo instead", type=Path)
     add("--out", None, "where --image writes its mask", type=Path)
-    add("--export", False, f"write RUN/{EXPORT}/ID.png for VOC's test server and do not score; "
-        "--split test")
+    add("--export", False, f"write RUN/{EXPORT}/ID.png for VOC's server; no score")
     add_crf_flags(add, "none")
     args = flags.parse(argv, needed=())
-    if args.image and not (args.run and args.out):
-        flags.error("--image needs --run and --out")
-    if args.image and (args.out.suffix != ".png" or args.out.resolve() == args.image.resolve()):
-        flags.error("--out is the mask's name: a .png, and not the photo's own")
+    if args.image and (not args.run or not args.out or args.out.suffix != ".png"
+                       or args.out.resolve() == args.image.resolve()):
+        flags.error("--image needs --run, and --out NAME.png that is not the photo's own")
     if args.export and (args.masks or args.image):
         flags.error("--export writes the predictions of --run: leave --masks and --image out")
     if not args.image and not (args.data and (args.run or args.masks)):
@@ -118,12 +116,9 @@ def part_recall(folder, ids, directory):
 
 def git_commit():
     """The commit of this code, or None outside a git checkout."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                              capture_output=True, text=True)
-    except OSError:  # no git
-        return None
-    return done.stdout.strip() or None
+    words = ["git", "rev-parse", "HEAD"]
+    return shutil.which("git") and subprocess.run(
+        words, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
 
 
 def score(folder, split, directory, about, workers):
@@ -164,8 +159,7 @@ def predict_logits(model, image, device, amp):
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         logits = model(images)[-1][0]
     if not logits.isfinite().all():
-        raise DataError("seg.pt gives numbers that are not finite: train it again, with a lower "
-                        "--lr")
+        raise DataError("seg.pt gives numbers that are not finite: train again with a lower --lr")
     return logits
 
 
@@ -188,7 +182,7 @@ def predict(logits, image, crf=None):
 
 def segmented(model, folder, ids, args, device, crf):
     """Run the network over the images; yields the arguments of predict."""
-    for _, image in loader(Images(folder, ids), args, device, batch_size=None, collate_fn=tuple):
+    for _, image, _ in loader(Images(folder, ids), args, device, batch_size=None, collate_fn=tuple):
         logits = predict_logits(model, image, device, args.amp)
         yield logits.numpy() if device.type == "cpu" else logits, image, crf
 
@@ -202,20 +196,17 @@ def predict_split(args, model, checkpoint, device, crf):
                  image_labels_used=False, seed=checkpoint["args"]["seed"])
     settings = about | dict(data=str(args.data.resolve()), seg=digest(args.run / "seg.pt"),
                             constants=crf and crf | dict(backend=None))  # who computes is free
-    ours = read_settings(pred)
-    if not ours:
-        check_masks(pred, settings)
-    ids, began = folder.ids(args.split), time.time()
-    fresh = ours != settings  # else a killed run goes on where it stopped
+    ids, began, fresh = folder.ids(args.split), time.time(), read_settings(pred) != settings
+    if not read_settings(pred):
+        check_masks(pred, settings)  # else they are ours, and are made anew or gone on with
     todo = [i for i in ids if fresh or not (pred / f"{i}.png").is_file()]
     results = in_workers(predict, segmented(model, folder, todo, args, device, crf),
                          0 if device.type == "cuda" else args.workers)
-    results = progress(claimed(results, {pred: settings}, overwrite=fresh),
-                       desc=f"predict {args.split}", total=len(todo))
+    results = progress(claimed(results, {pred: settings}, fresh), args.split, len(todo))
     for mask, image_id in zip(results, todo):
         save_mask(pred / f"{image_id}.png", mask)
     print(f"evaluate  {len(todo):,} of {len(ids):,} images were still to do, "
-          f"{time.time() - began:.0f} s, CRF: {crf['backend'] if crf else 'none'}")
+          f"{time.time() - began:.0f} s, CRF: {crf['backend'] if crf else 'none'}", flush=True)
     return folder, about
 
 

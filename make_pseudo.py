@@ -8,12 +8,11 @@ Writes: RUN/bpm/ID.png     baseline pseudo masks: argmax of the upsampled maps (
 A killed run goes on where it stopped: masks that are already written are skipped.
 """
 import time
-from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from data import Folder, Images, decode, loader, resized, save_mask
+from data import Folder, Images, columns, decode, loader, save_mask
 from evaluate import miou, score_masks
 from model import load_model, upsample
 from support.crf import add_crf_flags, crf_settings, dense_crf
@@ -70,11 +69,11 @@ def pseudo_masks(image, present, maps, crf):
 @torch.no_grad()
 def classified(model, folder, ids, args, device, crf):
     """Run the patch classifier over the images; yields the arguments of pseudo_masks."""
-    for image_ids, originals, images in loader(
-            Images(folder, ids), args, device, batch_size=args.batch_size,
-            collate_fn=partial(resized, size=args.size)):
+    for image_ids, originals, images in loader(Images(folder, ids, args.size), args, device,
+                                               batch_size=args.batch_size, collate_fn=columns):
+        images = torch.stack(images).to(device, non_blocking=True) / 255
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            patch_probs = model(images.to(device, non_blocking=True) / 255)  # Eq. (1) to (7)
+            patch_probs = model(images)  # Eq. (1) to (7)
         if not patch_probs.isfinite().all():
             raise DataError(f"{args.run}/cls.pt gives numbers that are not finite: train it again "
                             "with a lower --lr")

@@ -69,7 +69,7 @@ def create_backbone(name, kind, pretrained, weights=None, **kwargs):
     except Exception as error:  # hub, network, file format: many types, one consequence
         if not (pretrained or weights):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        reason = f"{type(error).__name__} {error}".splitlines()[0][:120]
         raise DataError(f"no weights for {name} from {weights or 'the hub'} ({reason}): pass "
                         "--weights FILE with a local copy, or --no-pretrained for random ones")
 
@@ -144,20 +144,15 @@ def initialise(module):
     torch's own start makes the first outputs of LSTM and classifier several times smaller, and a
     model trained from scratch then predicts nothing but class frequencies for many epochs.
     """
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    if isinstance(module, nn.LSTM):
-        for name, parameter in module.named_parameters():
-            if name.startswith("weight_ih"):
-                nn.init.xavier_uniform_(parameter)
-            elif name.startswith("weight_hh"):
-                nn.init.orthogonal_(parameter)
-            else:
-                nn.init.zeros_(parameter)
-                if name.startswith("bias_ih"):  # order of the gates: input, forget, cell, output
-                    nn.init.ones_(parameter[module.hidden_size:2 * module.hidden_size])
+    for name, parameter in module.named_parameters(recurse=False):
+        if name.startswith("weight_hh"):
+            nn.init.orthogonal_(parameter)
+        elif name.startswith("weight"):
+            nn.init.xavier_uniform_(parameter)
+        elif name.startswith("bias"):
+            nn.init.zeros_(parameter)
+        if name.startswith("bias_ih"):  # order of the gates: input, forget, cell, output
+            nn.init.ones_(parameter[module.hidden_size:2 * module.hidden_size])
 
 
 class CPFCTE(nn.Module):
@@ -168,8 +163,6 @@ class CPFCTE(nn.Module):
         self.config = config
         self.backbone = create_backbone(config.backbone, "plain ViT of timm", pretrained, weights,
                                         num_classes=0, dynamic_img_size=True)
-        if not hasattr(self.backbone, "num_prefix_tokens"):  # a transformer without patch tokens
-            raise DataError(f"--backbone {config.backbone} is no plain ViT: see --help")
         self.normalise = Normalise(self.backbone)
         D, C = self.backbone.embed_dim, config.num_classes
         if config.class_tokens != "none":
@@ -274,7 +267,7 @@ class DeepLabv2(nn.Module):
 
     def __init__(self, config, pretrained=False, weights=None):
         super().__init__()
-        self.config = config
+        self.config, self.freeze_bn = config, False
         self.backbone = create_backbone(
             config.backbone, "CNN of timm that keeps output stride 8", pretrained, weights,
             features_only=True, output_stride=8, out_indices=(-1,))
@@ -304,12 +297,13 @@ class DeepLabv2(nn.Module):
         features = self.backbone(self.normalise(images))[-1]
         return sum(conv(features) for conv in self.aspp).float()
 
-    def freeze_batch_norm(self):
-        """Keep the ImageNet statistics and scales of every batch norm; call after each train()."""
-        for module in self.modules():
+    def train(self, mode=True):
+        """As nn.Module's; with freeze_bn every batch norm keeps the ImageNet weights' statistics."""
+        super().train(mode)
+        for module in self.modules() if self.freeze_bn else ():
             if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-                module.requires_grad_(False)
+                module.eval().requires_grad_(False)
+        return self
 
 
 def load_model(path, kind):

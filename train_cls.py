@@ -9,12 +9,11 @@ import math
 import time
 
 import torch
-import torch.distributed as dist
 from torchmetrics.functional.classification import multilabel_average_precision
 
-from data import Folder, LabelledImages, batches, loader
+from data import AUGMENT, Folder, LabelledImages, batches, loader
 from model import CPFCTE, ClassifierConfig, classification_loss, pool_patches
-from support.run import (progress, check_finite, join_processes, launch, log,
+from support.run import (progress, join_processes, launch, log, mean_loss,
                          open_checkpoint, prepare, restore, save_checkpoint, stage_flags)
 
 
@@ -27,8 +26,8 @@ def parse_args(argv=None):
         coco="train", toy="train")
     add("--val-split", "val", "split whose image labels score each epoch; none: no score")
     add("--size", 384, "images are resized to SIZE x SIZE, aspect ratio not kept", toy=96, low=1)
-    add("--augment", ["flip", "jitter"], "vflip and transpose are ViT-PCM's, off in this "
-        "repository", toy=["flip"], nargs="*", choices=("flip", "jitter", "vflip", "transpose"))
+    add("--augment", ["flip", "jitter"], "vflip and transpose are ViT-PCM's", toy=["flip"],
+        nargs="*", choices=AUGMENT)
     # --- model ---
     add("--backbone", "vit_base_patch16_384.augreg_in21k_ft_in1k",
         "any plain ViT of timm (or vit_toy); its patch tokens are P in Eq. (1)", toy="vit_toy")
@@ -44,8 +43,8 @@ def parse_args(argv=None):
     add("--epochs", 50, "passes over the training images", toy=6, low=1)
     add("--batch-size", 16, "images of one step, over all ranks together", toy=8, low=1)
     add("--frozen-epochs", 2, "first epochs, in which the backbone does not learn", toy=0)
-    add("--train-blocks", 5, "last transformer blocks that learn after that; all of them: the "
-        "whole backbone, embeddings included", toy=4)
+    add("--train-blocks", 5, "last transformer blocks that learn after that; all: the embeddings, "
+        "too", toy=4)
     add("--schedule", "two-stage", "two-stage: --lr for the first two epochs, --late-lr after; "
         "cosine: a warm-up of one epoch to --lr, then down to --late-lr", toy="cosine",
         choices=("two-stage", "cosine"))
@@ -108,10 +107,9 @@ def main(args):
     model = CPFCTE(config, args.pretrained and not checkpoint,
                    None if checkpoint else args.weights).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    first_epoch = 0
+    first_epoch = checkpoint["epoch"] if checkpoint else 0
     if checkpoint:
         restore(path, checkpoint, model=model, optimizer=optimizer)
-        first_epoch = checkpoint["epoch"]
 
     # --- train ---
     for epoch in range(first_epoch, args.epochs):
@@ -123,8 +121,7 @@ def main(args):
         sampler = batches(len(ids), args.batch_size, args.seed, step, step + steps_per_epoch,
                           rank, world)
         for images, image_labels in progress(loader(train, args, device, batch_sampler=sampler),
-                                             desc=f"epoch {epoch + 1} of {args.epochs}",
-                                             total=steps_per_epoch, disable=rank > 0):
+                                             f"epoch {epoch + 1}", steps_per_epoch, rank > 0):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, step, steps_per_epoch)
             images = images.to(device, non_blocking=True) / 255
@@ -140,11 +137,8 @@ def main(args):
             step += 1
 
         # --- score, log, save ---
-        if world > 1:
-            dist.all_reduce(total)
-        loss = total.item() / steps_per_epoch / world
+        loss = mean_loss(total, steps_per_epoch, world, model, f"in epoch {epoch + 1}", path)
         speed = steps_per_epoch * args.batch_size / (time.time() - began)
-        check_finite(model, loss, f"in epoch {epoch + 1}", path)
         if rank == 0:
             val_map = validate(model, val, args, device) if val else None
             log(args.run, "train_cls", epoch=epoch + 1, of=args.epochs, loss=loss,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from data import IGNORE, Folder, MaskedImages, batches, loader, read_image, read_mask
 from evaluate import confusion_matrix, miou, predict, predict_logits
 from model import DeepLabv2, SegmenterConfig
-from support.run import (progress, check_finite, join_processes, launch, log,
+from support.run import (progress, join_processes, launch, log, mean_loss,
                          open_checkpoint, prepare, read_settings, restore, save_checkpoint,
                          stage_flags, write_lines)
 
@@ -104,14 +104,6 @@ def validate(model, folder, ids, args, device):
     return miou(confusion)
 
 
-def set_train(model, freeze_bn):
-    """Training mode; with freeze_bn the batch norms stay as the ImageNet weights have them."""
-    model.train()
-    if freeze_bn:
-        model.freeze_batch_norm()
-    return model
-
-
 def main(args):
     device, rank, world = join_processes()
 
@@ -129,13 +121,13 @@ def main(args):
     config = SegmenterConfig(len(folder.classes), args.backbone, scales=tuple(args.scales))
     model = DeepLabv2(config, args.pretrained and not checkpoint,
                       None if checkpoint else args.weights).to(device)
-    set_train(model, args.freeze_bn)
+    model.freeze_bn = args.freeze_bn
+    model.train()
     optimizer = torch.optim.SGD(parameter_groups(model, args.lr, args.aspp_lr), lr=args.lr,
                                 momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
-    done = 0
+    done = checkpoint["step"] if checkpoint else 0
     if checkpoint:
         restore(path, checkpoint, model=model, optimizer=optimizer)
-        done = checkpoint["step"]
     network = prepare(model, args, world)
 
     # --- train: in rounds, each of which ends with a save ---
@@ -143,12 +135,11 @@ def main(args):
     train = MaskedImages(folder, ids, masks_dir, args.crop, args.rescale, args.seed, fill)
     write_lines(args.run / "preset.txt", [args.preset])  # for evaluate.py --image
     for first in range(done, args.iterations, args.save_every):
-        step, last = first, min(first + args.save_every, args.iterations)
-        began, total = time.time(), torch.zeros((), device=device)
+        last = min(first + args.save_every, args.iterations)
+        began, step, total = time.time(), first, torch.zeros((), device=device)
         sampler = batches(len(ids), args.batch_size, args.seed, first, last, rank, world)
         for images, masks in progress(loader(train, args, device, batch_sampler=sampler),
-                                      desc=f"iterations to {last} of {args.iterations}",
-                                      total=last - first, disable=rank > 0):
+                                      f"to iteration {last}", last - first, rank > 0):
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * poly(step, args.iterations)
             images = images.to(device, non_blocking=True) / 255
@@ -163,14 +154,12 @@ def main(args):
             step += 1
 
         # --- score, log, save ---
-        if world > 1:
-            dist.all_reduce(total)
-        loss = total.item() / (last - first) / world
+        where = f"between iterations {first} and {last}"
+        loss = mean_loss(total, last - first, world, model, where, path)
         speed = (last - first) * args.batch_size / (time.time() - began)
-        check_finite(model, loss, f"between iterations {first} and {last}", path)
         if rank == 0:
             val_miou = validate(model, folder, val_ids, args, device)
-            set_train(model, args.freeze_bn)
+            model.train()
             log(args.run, "train_seg", iteration=last, of=args.iterations, loss=loss,
                 lr=optimizer.param_groups[0]["lr"], val_miou=val_miou,
                 val_images=len(val_ids[:args.val_images]), crf=False, images_s=speed)

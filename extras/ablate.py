@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from support.run import DataError, positive, run as run_main, write_lines  # noqa: E402
+from support.run import DataError, launch, number, write_lines  # noqa: E402  no package
 
 # study -> rows: name, the paper's mIoU, flags of train_cls.py, flags of make_pseudo.py
 STUDIES = {
@@ -51,7 +51,7 @@ def parse_args(argv=None):
     add("--flags", default="", help='more flags of every stage: --flags="--preset voc --workers 8"')
     add("--cls-flags", default="", help="more flags of train_cls.py, for every variant")
     add("--seg-flags", default="", help="more flags of train_seg.py, with --full")
-    add("--jobs", type=positive, default=1, help="runs at a time, which share CPU and GPU")
+    add("--jobs", type=number(int, 1, 64), default=1, help="runs at a time; they share CPU and GPU")
     return parser.parse_args(argv)
 
 
@@ -146,4 +146,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    launch(main, parse_args())

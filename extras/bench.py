@@ -16,10 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.classification import multiclass_jaccard_index
-from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data, evaluate, model, train_seg  # noqa: E401, E402  no package
@@ -35,7 +33,7 @@ def parse_args(argv=None):
     """How much to measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="toy-sized networks and images")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the backbones")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     args = parser.parse_args(argv)
     vars(args).update(SIZES[args.quick])
     return args
@@ -59,37 +57,22 @@ def row(part, setting, value, unit, note=""):
     print(f"| {part} | {setting} | {value:.4g} | {unit} | {note} |", flush=True)
 
 
-class UsualImages(data.LabelledImages):
-    """Stage 1's images as most repositories load them: PIL and numpy, all of it in the worker."""
-    change = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.3, 0.3, 0.3)])
-
-    def __getitem__(self, item):
-        image = Image.open(self.folder.image_path(self.ids[item[0]])).convert("RGB")
-        image = self.change(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
-        pixels = (np.array(image, dtype=np.float32) / 255 - 0.5) / 0.5
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), self.labels[item[0]]
-
-
 def bench_loading(args, folder):
-    """Stage 1's data path: the usual one, ours, ours with --cache."""
-    ours, speeds = data.LabelledImages, []
-    for name, kind in (("usual", UsualImages), ("ours", ours), ("ours, --cache", ours)):
-        dataset = kind(folder, folder.ids("train"), args.sides[0])
-        if "cache" in name:
-            dataset.use_cache("train", 0, 0, 1)
-        loader = DataLoader(dataset, batch_sampler=data.batches(len(dataset), 8, 0, 0, 97),
-                            num_workers=min(8, os.cpu_count()),
-                            pin_memory=args.device.type == "cuda")
-        for step, (images, *rest) in enumerate(loader):
-            images = images.to(args.device, non_blocking=True)
-            if kind is ours:
-                images = data.augment(images / 255, 0, rest[-1], ("flip", "jitter")) * 2 - 1
+    """Stage 1's and stage 3's data path: decode, resize, augment, in worker processes."""
+    ids, side = folder.ids("train"), args.sides[0]
+    crops = data.MaskedImages(folder, ids, folder.root / "SegmentationClass", args.crop, (0.5, 1.5),
+                              0, (128, 128, 128))
+    sets = {"load, flip": data.LabelledImages(folder, ids, side, ("flip",)),
+            "load, flip, jitter": data.LabelledImages(folder, ids, side, ("flip", "jitter")),
+            "load, rescale, crop, flip": crops}
+    for name, dataset in sets.items():
+        steps = data.batches(len(dataset), 8, 0, 0, 97)
+        args.workers = min(16, os.cpu_count())
+        for step, _ in enumerate(data.loader(dataset, args, args.device, batch_sampler=steps)):
             if step == 16:  # those that were loaded ahead are through
                 began = time.perf_counter()
-        images.sum().item()  # waits
-        speeds.append(8 * (step - 16) / (time.perf_counter() - began))
-        row(f"load and augment, {name}", "JPEG of %dx%d" % args.photo, speeds[-1], "images/s",
-            f"{speeds[-1] / speeds[0]:.2f} x the usual speed")
+        row(name, "JPEG of %dx%d" % args.photo, 8 * (step - 16) / (time.perf_counter() - began),
+            "images/s", f"{args.workers} workers")
 
 
 def bench_step(args, name, images, optimizer, loss):
@@ -111,16 +94,16 @@ def bench_classifier(args, context):
     """Stage 1's step and its parts, forward and backward; inference at growing sizes."""
     net = model.CPFCTE(model.ClassifierConfig(args.C, args.vit, context=context)).to(args.device)
     net.train_last(args.blocks)
-    if args.compile:
-        net.compile_backbone()
     images = torch.rand(args.batches[0], 3, *2 * args.sides[:1], device=args.device)
     labels = torch.ones(len(images), args.C, device=args.device)
     def _head(tokens):
         Y = net.classifier(net.dropout(tokens)).float().softmax(dim=-1)
         return model.classification_loss(model.pool_patches(Y), labels)
+    network = run.prepare(net, args, 1)
     whole = bench_step(args, f"stage 1 step, {context}", images,
-                       torch.optim.Adam(net.parameters(), fused=True), args.amp(lambda: _head(
-                           net.fuse(net.enhance(net.patch_tokens(images))))))
+                       torch.optim.Adam(net.parameters(), fused=True),
+                       lambda: model.classification_loss(model.pool_patches(
+                           args.amp(network)(images)), labels))
     tokens = args.amp(net.patch_tokens)(images).detach().requires_grad_()
     for name, part, start in (("backbone", net.patch_tokens, images), ("head", _head, tokens),
                               ("tokens", net.enhance, tokens), ("CF-BiLSTM", net.fuse, tokens)):
@@ -138,14 +121,13 @@ def bench_classifier(args, context):
 def bench_segmenter(args, image):
     """Stage 3's step; stage 4 on one image without the CRF, its score against torchmetrics'."""
     net = model.DeepLabv2(model.SegmenterConfig(args.C, args.cnn)).to(args.device)
-    train_seg.set_train(net, freeze_bn=True)
-    if args.compile:
-        net.compile_backbone()
+    net.freeze_bn = True
+    network = run.prepare(net.train(), args, 1)
     images = torch.rand(args.batches[1], 3, args.crop, args.crop, device=args.device)
     masks = torch.randint(0, args.C, (len(images), args.crop, args.crop), device=args.device)
     groups = train_seg.parameter_groups(net, 1e-4, 10)
     bench_step(args, "stage 3 step", images, torch.optim.SGD(groups, lr=1e-4, fused=True),
-               lambda: train_seg.multi_scale_loss(args.amp(net)(images), masks))
+               lambda: train_seg.multi_scale_loss(args.amp(network)(images), masks))
     ms = milliseconds(args.device, lambda: evaluate.predict(evaluate.predict_logits(
         net, image, args.device, args.device.type == "cuda"), image))
     row("stage 4, no CRF", "%dx%d" % args.photo, ms, "ms/image")
@@ -158,7 +140,7 @@ def bench_segmenter(args, image):
 
 def bench_crf(args, image):
     """The dense CRF over all classes, as the field runs it, and over three."""
-    names = ("pydensecrf", "torch")[not crf.densecrf:]
+    names, first = ("pydensecrf", "torch")[not crf.densecrf:], None
     for labels in (args.C, 3):
         maps = 2 * torch.randn(labels, 12, 12, device=args.device)
         probs = model.upsample(maps, *image.shape[:2]).softmax(dim=0)
@@ -184,6 +166,8 @@ def main(args):
         beetles.make_toy(Path(root), (16, 1, 1))
         for path in sorted(Path(root).glob("JPEGImages/*")):
             data.read_image(path).resize(args.photo, Image.Resampling.BICUBIC).save(path)
+            mask = Path(root) / f"SegmentationClass/{path.stem}.png"
+            data.decode(mask).resize(args.photo, Image.Resampling.NEAREST).save(mask)
         folder = data.Folder(root)  # its third image has about a photograph's lattice
         image = torch.from_numpy(np.array(data.read_image(folder.image_path("train_00002"))))
         bench_loading(args, folder)
@@ -197,4 +181,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run.run(main, parse_args())
+    run.launch(main, parse_args())

@@ -18,12 +18,11 @@ import numpy as np
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-import data  # noqa: E402  the six scripts are a folder, not a package
-from ablate import STUDIES, folder_name  # noqa: E402
-from data import Folder, Images, batch_of  # noqa: E402
-from evaluate import confusion_of, iou_per_class  # noqa: E402
-from model import build, classification_loss, pool_patches  # noqa: E402
-from support.run import DataError, atomic, in_parallel, load_checkpoint, run as run_main  # noqa: E402
+from ablate import STUDIES, folder_name  # noqa: E402  the scripts are no package
+from data import Folder, Images, read_image, read_mask, voc_palette  # noqa: E402
+from evaluate import confusion_of, miou  # noqa: E402
+from model import classification_loss, load_model, pool_patches  # noqa: E402
+from support.run import DataError, atomic, in_workers, launch  # noqa: E402
 
 PROBE_IMAGES, PROBE_PASSES = 512, 20  # of the classifier that reads the tokens before the CF-BiLSTM
 
@@ -74,12 +73,10 @@ def show(axis, picture, title, **kwargs):
 
 def ranked(args, folder, run, ids):
     """{id: mean IoU of the image's classes} of one run's masks, from the worst to the best."""
-    ids = [i for i in ids if folder.mask_path(i).is_file()]
-    jobs = [(run / args.masks / f"{i}.png", folder.mask_path(i), len(folder.classes)) for i in ids]
-    means = {}
-    for image_id, confusion in zip(ids, in_parallel(confusion_of, jobs, args.workers)):
-        if confusion.any():  # else all of its ground truth is 255
-            means[image_id] = float(np.nanmean(iou_per_class(confusion)))
+    jobs = [(folder, i, run / args.masks) for i in ids if folder.mask_path(i).is_file()]
+    means = {job[1]: miou(confusion)
+             for confusion, job in zip(in_workers(confusion_of, jobs, args.workers), jobs)
+             if confusion.any()}  # else all of its ground truth is 255
     return dict(sorted(means.items(), key=lambda item: item[1]))
 
 
@@ -94,10 +91,10 @@ def draw_fig6(args, folder, baseline, ours, means):
                                                for run in (baseline, ours))]
         titles = ["ground truth", f"baseline, IoU {100 * others[image_id]:.0f}",
                   f"ours, IoU {100 * means[image_id]:.0f}"]
-        show(row[0], data.read_image(folder.image_path(image_id)), f"{rank}: {image_id}")
+        show(row[0], read_image(folder.image_path(image_id)), f"{rank}: {image_id}")
         for axis, path, title in zip(row[1:], masks, titles):
-            mask = data.read_mask(path, len(folder.classes))
-            show(axis, data.voc_palette()[mask], title, interpolation="nearest")
+            mask = read_mask(path, len(folder.classes))
+            show(axis, voc_palette()[mask], title, interpolation="nearest")
     figure.suptitle(f"{args.masks} masks of {args.split}, {ours.name}. Of {len(order)} images the "
                     "best, the median and the worst by ours' mean IoU over the image's classes",
                     fontsize=9)
@@ -153,9 +150,9 @@ def probe(model, folder, ids, settings):
     needs a classifier of its own: the same loss, on the frozen network.
     """
     torch.manual_seed(0)
-    dataset = Images(folder, ids[:PROBE_IMAGES])
-    tokens = torch.cat([tokens_before_context(model, batch_of([item], settings["size"])[1])[1]
-                        for item in dataset])
+    dataset = Images(folder, ids[:PROBE_IMAGES], settings["size"])
+    tokens = torch.cat([tokens_before_context(model, dataset[index][2][None])[1]
+                        for index in range(len(dataset))])
     labels = torch.stack([folder.image_labels(i) for i in dataset.ids])
     classifier = torch.nn.Linear(tokens.shape[-1], len(folder.classes), bias=False)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-2)
@@ -173,7 +170,7 @@ def probe(model, folder, ids, settings):
 @torch.no_grad()
 def draw_context(args, folder, run, image_id, model, settings, classifier):
     """The median image: which token its patches get, and what they say before and after."""
-    _, (picture,), _ = batch_of([Images(folder, [image_id])[0]], settings["size"])
+    picture = Images(folder, [image_id], settings["size"])[0][2]
     tokens, enhanced = tokens_before_context(model, picture[None])
     maps = {"class-token attention": model.class_attention(tokens),
             "before CF-BiLSTM (probe)": classifier(enhanced).softmax(-1),
@@ -181,10 +178,10 @@ def draw_context(args, folder, run, image_id, model, settings, classifier):
     present = folder.image_labels(image_id).nonzero().flatten().tolist()
     figure, axes = plt.subplots(3, 1 + len(present), figsize=(2.1 * (1 + len(present)), 7),
                                 layout="constrained")
-    truth = data.read_mask(folder.mask_path(image_id), len(folder.classes))
-    bpm = data.read_mask(run / "bpm" / f"{image_id}.png", len(folder.classes))
-    for axis, shown, title in zip(axes[:, 0], (picture.permute(1, 2, 0), data.voc_palette()[truth],
-                                               data.voc_palette()[bpm]),
+    truth = read_mask(folder.mask_path(image_id), len(folder.classes))
+    bpm = read_mask(run / "bpm" / f"{image_id}.png", len(folder.classes))
+    for axis, shown, title in zip(axes[:, 0], (picture.permute(1, 2, 0), voc_palette()[truth],
+                                               voc_palette()[bpm]),
                                   (image_id, "ground truth", "BPM, Eq. (10)")):
         show(axis, shown, title)
     for row, (name, values) in zip(axes, maps.items()):
@@ -204,12 +201,12 @@ def main(args):
     draw_fig6(args, folder, baseline, ours, means)
     draw_fig7(args, folder, {"baseline": runs["baseline"], "ours": runs["both"]})
     draw_curves(args, runs)
-    checkpoint = load_checkpoint(ours / "cls.pt", "cls")
-    model, settings = build(checkpoint), checkpoint["args"]
+    model, checkpoint = load_model(ours / "cls.pt", "cls")
+    settings = checkpoint["args"]
     classifier = probe(model, folder, checkpoint["ids"], settings)
     median = list(means)[len(means) // 2]
     draw_context(args, folder, ours, median, model, settings, classifier)
 
 
 if __name__ == "__main__":
-    run_main(main, parse_args())
+    launch(main, parse_args())

@@ -12,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402  the six scripts are a folder, not a package
-from evaluate import confusion_matrix, iou_per_class  # noqa: E402
+from data import IGNORE, Folder, read_mask  # noqa: E402  the scripts are no package
+from evaluate import confusion_matrix, miou  # noqa: E402
 from model import upsample  # noqa: E402
-from support.run import DataError, positive, run  # noqa: E402
+from support.run import DataError, launch, number, progress  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -26,7 +25,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="data set folder")
     parser.add_argument("--split", default="val", help="split whose ground truth is reduced")
-    parser.add_argument("--sides", type=positive, nargs="+", default=[12, 24, 60],
+    parser.add_argument("--sides", type=number(int, 1, 10**4), nargs="+", default=[12, 24, 60],
                         help="patches along each side: 24 is training at 384, 60 inference at 960")
     return parser.parse_args(argv)
 
@@ -36,7 +35,7 @@ def through_grid(mask, side, shares):
 
     shares False: a patch has the one class that covers most of it; True: the area share of each.
     """
-    classes = np.setdiff1d(mask, [data.IGNORE])
+    classes = np.setdiff1d(mask, [IGNORE])
     if not len(classes):
         return np.zeros_like(mask)
     planes = torch.from_numpy(mask[None] == classes[:, None, None]).float()
@@ -47,23 +46,23 @@ def through_grid(mask, side, shares):
 
 
 def main(args):
-    folder = data.Folder(args.data)
+    folder = Folder(args.data)
     C = len(folder.classes)
     ids = [i for i in folder.ids(args.split) if folder.mask_path(i).is_file()]
     if not ids:
         raise DataError(f"{args.data}/SegmentationClass has no mask of {args.split}")
     confusion = np.zeros((len(args.sides), 2, C, C + 1), np.int64)
-    for image_id in tqdm(ids, desc=args.split, disable=None):
-        truth = data.read_mask(folder.mask_path(image_id), C)
+    for image_id in progress(ids, args.split):
+        truth = read_mask(folder.mask_path(image_id), C)
         for counts, side in zip(confusion, args.sides):
             for shares in (False, True):
                 guess = through_grid(truth, side, shares)
                 counts[int(shares)] += confusion_matrix(guess, truth, C)
     print(f"patch-grid bound on {args.split} of {args.data}, {len(ids):,} images, mIoU %")
     for side, counts in zip(args.sides, confusion):
-        labels, shares = (100 * np.nanmean(iou_per_class(c)) for c in counts)
+        labels, shares = (100 * miou(c) for c in counts)
         print(f"{side:3d} x {side:<3d} patches   labels {labels:5.1f}   shares {shares:5.1f}")
 
 
 if __name__ == "__main__":
-    run(main, parse_args())
+    launch(main, parse_args())

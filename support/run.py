@@ -239,11 +239,15 @@ def restore(path, checkpoint, **parts):
         raise DataError(f"{path} does not fit ({str(error).splitlines()[0][:80]}): train anew")
 
 
-def check_finite(model, loss, where, path):
-    """Refuse to go on, and so to save, where loss or weights are not finite."""
+def mean_loss(total, steps, world, model, where, path):
+    """The mean over steps and ranks of the losses summed in total; ends where it is not finite."""
+    if world > 1:
+        dist.all_reduce(total)
+    loss = total.item() / steps / world
     if not math.isfinite(loss) or not all(w.isfinite().all() for w in model.state_dict().values()):
         raise DataError(f"loss {loss:.3g} or weights are not finite {where}: lower --lr; {path} is "
                         "left as it was")
+    return loss
 
 
 def save_checkpoint(path, kind, model, args, **content):
