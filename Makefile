@@ -1,7 +1,7 @@
-# make demo: set up, then the whole pipeline on the embedded data set, a score and a picture
+# make demo: set up, then the whole pipeline on a generated data set, a score and a picture
 # make test: set up, then the tests
 # make voc DATA=data/VOC2012, make coco DATA=data/COCO2014: the pipeline on those
-# make table4 table5 figures: the paper's ablations, on the embedded data set or on DATA= PRESET=;
+# make table4 table5 figures: the paper's ablations, on the generated data set or on DATA= PRESET=;
 #   SEEDS="0 1" for fewer runs, JOBS=4 for more at a time, FULL=1 to train DeepLabv2 as well
 # make demo SEED=1 RUN=runs/toy1: another seed
 # FLAGS="--workers 8": flags for every stage; CLS_FLAGS, SEG_FLAGS: for train_cls.py, train_seg.py
@@ -37,7 +37,7 @@ voc coco: .venv/ready
 	$(PY) train_seg.py   --data $(DATA) --run runs/$@ --resume $(FLAGS) $(SEG_FLAGS)
 	$(PY) evaluate.py    --data $(DATA) --run runs/$@ --crf $(FLAGS)
 
-# on the embedded data set, which is made first, the preset's 6 epochs are too few to compare
+# on the generated data set, which is made first, the preset's 6 epochs are too few to compare
 table4 table5: .venv/ready $(if $(ON_TOY),$(TOY)/image_labels.txt)
 	$(PY) extras/ablate.py $@ --data $(DATA) --seeds $(SEEDS) --jobs $(JOBS) \
 		--flags="$(if $(PRESET),--preset $(PRESET)) $(FLAGS)" $(if $(FULL),--full) \

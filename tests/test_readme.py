@@ -1,4 +1,4 @@
-"""The README's commands parse, and its map from equations to code points at what exists."""
+"""README.md and docs/: commands parse, the map names what exists, links lead somewhere."""
 import ast
 import importlib
 import re
@@ -9,40 +9,106 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
-COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
-MAP = re.findall(r"^\|.*\| `([\w/]+\.py):([\w.]+)` \|$", README, re.M)
+PAGES = {page.relative_to(ROOT): page.read_text()
+         for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+COMMANDS = sorted({line.split("  #")[0].strip() for text in PAGES.values()
+                   for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+                   for line in block.splitlines()})
+MAP = re.findall(r"^\|(.*)\|(.*)\|(.*)\|$",
+                 re.search(r"\| paper \| where \|.*?\n\n", README, re.DOTALL)[0], re.MULTILINE)[2:]
+NAME = r"`([\w/]+\.py):([\w.]+)`"
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if ".py" in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("python ", "torchrun "))])
 def test_commands_parse(command):
     words = shlex.split(command)
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    module = importlib.import_module(Path(words[script]).stem)
-    module.parse_args(words[script + 1:])
+    assert (ROOT / words[script]).is_file()
+    importlib.import_module(Path(words[script]).stem).parse_args(words[script + 1:])
 
 
-def test_make_targets_exist():
-    rules = re.findall(r"^([\w ./]+):", (ROOT / "Makefile").read_text(), re.M)
-    targets = set(" ".join(rules).split())
-    named = {word for command in COMMANDS if command.startswith("make ")
-             for word in shlex.split(command)[1:] if "=" not in word}
-    assert named and named <= targets
+def test_make_targets_variables_and_the_flags_they_pass_on_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(" ".join(re.findall(r"^([\w ./]+):", makefile, re.MULTILINE)).split())
+    variables = set(re.findall(r"^(\w+) \??=", makefile, re.MULTILINE))
+    inline = re.findall(r"`(make [^`\n]+)`", "".join(PAGES.values()))
+    commands = [c for c in COMMANDS if c.startswith("make ")] + inline
+    assert {"make demo", "make test"} <= set(commands)
+    for word in (word for command in commands for word in shlex.split(command)[1:]):
+        name, _, value = word.partition("=")
+        assert name in (variables if "=" in word else targets), word
+        for script in {"CLS_FLAGS": ["train_cls"], "SEG_FLAGS": ["train_seg"]}.get(name, ()):
+            needed = ["--data", "data/toy", "--run", "runs/toy"]
+            importlib.import_module(script).parse_args([*needed, *shlex.split(value)])
 
 
-@pytest.mark.parametrize("file, name", MAP)
-def test_map_points_at_what_exists(file, name):
+def test_flags_that_the_text_names_exist():
+    code = "".join(path.read_text() for folder in ("", "support", "extras")
+                   for path in (ROOT / folder).glob("*.py"))
+    known = set(re.findall(r'"(--[a-z][\w-]*)"', code)) | {"--help"}
+    for page, text in PAGES.items():
+        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", prose):
+            assert flag in known or flag.replace("--no-", "--") in known, f"{page}: {flag}"
+
+
+def exists(file, name):
+    """Whether a file of the repository defines a function, class, method or constant."""
+    if not (ROOT / file).is_file():
+        return False
     body = ast.parse((ROOT / file).read_text()).body
     for part in name.split("."):
-        found = [node for node in body if getattr(node, "name", None) == part]
-        assert found, f"{file} has no {name}"
+        found = [node for node in body if part == getattr(node, "name", None)]
+        if not found:
+            return False
         body = found[0].body
+    return True
 
 
-def test_map_names_every_equation_and_the_code_names_it_too():
-    code = (ROOT / "model.py").read_text() + (ROOT / "make_pseudo.py").read_text()
-    rows = [line for line in README.splitlines() if line.startswith("| Eq.")]
+def test_functions_and_tests_that_the_text_names_exist():
+    for page, text in PAGES.items():
+        missing = [":".join(where) for where in re.findall(NAME, text) if not exists(*where)]
+        assert not missing, f"{page} names what is not there: {missing}"
+
+
+def test_the_map_leads_from_every_equation_to_code_and_to_a_test():
+    for paper, where, held_to in MAP:
+        assert re.search(NAME, where) and "`tests/" not in where, paper
+        tests = re.findall(NAME, held_to)
+        assert tests and all(file.startswith("tests/") for file, _ in tests), paper
+        assert all(name.startswith("test_") for _, name in tests), paper
     for number in range(1, 11):
-        assert any(f"({number})" in row for row in rows), f"Eq. ({number}) is not in the map"
-        if number not in (4, 5):  # those stand as Eq. (3), (4) and (5) on one line
-            assert f"Eq. ({number})" in code
+        assert any(f"({number})" in paper for paper, _, _ in MAP if "Eq." in paper), number
+
+
+def test_the_code_names_the_equations_too():
+    code = "".join((ROOT / name).read_text() for name in ("model.py", "make_pseudo.py"))
+    for number in {*range(1, 11)} - {4}:  # it stands as Eq. (3), (4)
+        assert f"Eq. ({number})" in code
+
+
+def slugs(text):
+    """The anchors that GitHub gives the headings of a page."""
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+def test_links_within_the_repository_resolve():
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if not link.startswith("https://"):
+                file, _, anchor = link.partition("#")
+                target = (ROOT / page).parent / file if file else ROOT / page
+                assert target.is_file(), f"{page}: {link}"
+                assert not anchor or anchor in slugs(target.read_text()), f"{page}: {link}"
+
+
+def test_every_page_and_picture_is_reached():
+    links = {Path(link.partition("#")[0]).name for text in PAGES.values()
+             for link in re.findall(r"\]\(([^)\s]+)\)", text)}
+    for path in (ROOT / "docs").iterdir():
+        assert path.name in links, f"no page links to {path.name}"
+
+
+def test_the_readme_has_three_screens():
+    assert len(README.splitlines()) <= 170
