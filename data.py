@@ -26,8 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Mask
 
-from support.run import (DataError, atomic, ignore_interrupts, launch, number, read_text,
-                         write_lines)
+from support.run import DataError, atomic, ignore_interrupts, launch, number, read_text, write_lines
 
 IGNORE = 255  # the mask value that is never trained on and never scored
 AUGMENT = {  # of stage 1; the paper names none, the jitter's strength is ours
@@ -37,11 +36,10 @@ AUGMENT = {  # of stage 1; the paper names none, the jitter's strength is ours
 
 
 # --- the folder --------------------------------------------------------------------------------
-
 class Folder:
     """A data set folder: its class names, splits, image labels, images and masks."""
 
-    def __init__(self, root):
+    def __init__(self, root, checkpoint=None):
         self.root = Path(root)
         if not self.root.is_dir():
             raise DataError(f"{root} not found: `python data.py toy --root {root}` makes one")
@@ -55,6 +53,8 @@ class Folder:
             raise DataError(f"{where} begins with {self.classes[0]!r}: class 0 is 'background'")
         if len(self.classes) > IGNORE:
             raise DataError(f"{where} has {len(self.classes)} classes: a mask can hold {IGNORE}")
+        if checkpoint and checkpoint["classes"] != self.classes:
+            raise DataError(f"{where} has other classes than the checkpoint was trained on")
 
     def _lines(self, name):
         path = self.root / name
@@ -177,7 +177,6 @@ def save_mask(path, mask):
 
 
 # --- what the stages see -----------------------------------------------------------------------
-
 class Images(Dataset):
     """Stages 2 and 4: index -> id, image (H, W, 3) uint8 as decoded, resized (3, S, S) uint8."""
 
@@ -221,7 +220,7 @@ class LabelledImages(Images):
 
 
 class MaskedImages(Images):
-    """Stage 3: (index, draw) -> image (3, S, S) uint8, mask (S, S) int64, both cut out at random."""
+    """Stage 3: (index, draw) -> image (3, S, S) uint8, mask (S, S) int64, cut out at random."""
 
     def __init__(self, folder, ids, masks, crop, rescale, seed, fill):
         super().__init__(folder, ids)
@@ -237,12 +236,13 @@ class MaskedImages(Images):
     def __getitem__(self, item):
         index, draw = item
         image, path = self.read(index), self.masks / f"{self.ids[index]}.png"
-        mask = Mask(read_mask(path, len(self.folder.classes), image.size))
+        mask = Image.fromarray(read_mask(path, len(self.folder.classes), image.size))
         with seeded(self.seed, draw):
             scale = torch.empty(()).uniform_(*self.rescale).item()
-            size = [max(1, round(side * scale)) for side in (image.height, image.width)]
-            image, mask = self.change(v2.functional.resize(image, size),
-                                      v2.functional.resize(mask, size))  # nearest neighbour
+            size = [max(1, round(side * scale)) for side in image.size]
+            image = image.resize(size, Image.Resampling.BILINEAR)
+            mask = Mask(np.array(mask.resize(size, Image.Resampling.NEAREST)))
+            image, mask = self.change(image, mask)
         return image, mask.long()
 
 
@@ -279,7 +279,6 @@ def batches(num_images, batch_size, seed, start, stop, rank=0, world=1):
 
 
 # --- the command -------------------------------------------------------------------------------
-
 def write_folder(root, preset, classes, label_lines):
     """Write a folder's three readable files; image_labels.txt, the last one, completes it."""
     write_lines(root / "classes.txt", classes)
@@ -306,12 +305,10 @@ def parse_args(argv=None):
 
 def main(args):
     from support import beetles, coco, voc
-    if args.dataset == "toy":
-        beetles.make_toy(args.root, args.num, args.cooccur)
-    elif args.dataset == "voc":
-        voc.make_voc(args.root, args.sbd, args.download)
-    else:
-        coco.make_coco(args.root, args.train_masks, args.download)
+    make, *options = {"toy": (beetles.make_toy, args.num, args.cooccur),
+                      "voc": (voc.make_voc, args.sbd, args.download),
+                      "coco": (coco.make_coco, args.train_masks, args.download)}[args.dataset]
+    make(args.root, *options)
     folder = Folder(args.root)
     splits = sorted((args.root / "ImageSets/Segmentation").glob("*.txt"))
     print(f"{args.root}: {len(folder.classes)} classes with background; "

@@ -25,8 +25,9 @@ from data import (IGNORE, Folder, Images, decode, loader, read_image, read_mask,
                   voc_palette)
 from model import load_model, upsample
 from support.crf import add_crf_flags, crf_settings, dense_crf
-from support.run import (DataError, progress, atomic, check_masks, claimed, digest, in_workers,
-                         join_processes, launch, open_run, read_settings, stage_flags, write_lines)
+from support.run import (DataError, atomic, check_masks, claimed, digest, in_workers,
+                         join_processes, launch, open_run, progress, read_settings, stage_flags,
+                         write_lines)
 
 MAX_CLASSES = 21  # that the CRF is over, at most
 EXPORT = "results/VOC2012/Segmentation/comp6_test_cls"  # where VOC's server looks for ID.png
@@ -56,7 +57,6 @@ def parse_args(argv=None):
 
 
 # --- the score ---------------------------------------------------------------------------------
-
 def confusion_matrix(prediction, truth, num_classes):
     """(C, C + 1) int64 pixel counts: row true class, column predicted class, last column ignore.
 
@@ -121,8 +121,8 @@ def git_commit():
         words, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
 
 
-def score(folder, split, directory, about, workers):
-    """Print the table of directory's masks on the split; return what results.json holds."""
+def score(folder, split, directory, about, workers, path=None):
+    """Print the table of directory's masks on the split; write results.json to path."""
     ids = folder.ids(split)
     confusion, scored = score_masks(folder, ids, directory, workers)
     if not scored:
@@ -145,12 +145,12 @@ def score(folder, split, directory, about, workers):
     print(f"mIoU {100 * (results['miou'] or 0):.2f} %  pixel accuracy "
           f"{100 * results['pixel_accuracy']:.2f} %  | {about['checkpoint'] or about['masks']} "
           f"on {split} ({scored:,} images), CRF: {word[about['crf']]}, image labels used at "
-          f"inference: {word[about['image_labels_used']]}, 255 ignored")
-    return results
+          f"inference: {word[about['image_labels_used']]}, 255 ignored", flush=True)
+    if path:
+        write_lines(path, [json.dumps(results)])
 
 
 # --- prediction --------------------------------------------------------------------------------
-
 @torch.no_grad()
 def predict_logits(model, image, device, amp):
     """(H, W, 3) uint8 -> the multi-scale maximum of DeepLabv2's logits, (C, H/8, W/8) on device."""
@@ -189,9 +189,7 @@ def segmented(model, folder, ids, args, device, crf):
 
 def predict_split(args, model, checkpoint, device, crf):
     """Write RUN/pred/ID.png of every image of the split; (Folder, what results.json says of it)."""
-    folder, pred = Folder(args.data), args.run / "pred"
-    if checkpoint["classes"] != folder.classes:
-        raise DataError(f"{args.run}/seg.pt has other classes than {args.data}/classes.txt")
+    folder, pred = Folder(args.data, checkpoint), args.run / "pred"
     about = dict(checkpoint=str(args.run / "seg.pt"), masks=str(pred), crf=crf is not None,
                  image_labels_used=False, seed=checkpoint["args"]["seed"])
     settings = about | dict(data=str(args.data.resolve()), seg=digest(args.run / "seg.pt"),
@@ -199,7 +197,7 @@ def predict_split(args, model, checkpoint, device, crf):
     ids, began, fresh = folder.ids(args.split), time.time(), read_settings(pred) != settings
     if not read_settings(pred):
         check_masks(pred, settings)  # else they are ours, and are made anew or gone on with
-    todo = [i for i in ids if fresh or not (pred / f"{i}.png").is_file()]
+    todo = [i for i in ids if fresh or not is_whole(pred / f"{i}.png")]
     results = in_workers(predict, segmented(model, folder, todo, args, device, crf),
                          0 if device.type == "cuda" else args.workers)
     results = progress(claimed(results, {pred: settings}, fresh), args.split, len(todo))
@@ -208,6 +206,14 @@ def predict_split(args, model, checkpoint, device, crf):
     print(f"evaluate  {len(todo):,} of {len(ids):,} images were still to do, "
           f"{time.time() - began:.0f} s, CRF: {crf['backend'] if crf else 'none'}", flush=True)
     return folder, about
+
+
+def is_whole(*paths):
+    """Whether each of an image's masks is there and can be read."""
+    try:
+        return all(decode(path) for path in paths)
+    except DataError:
+        return False
 
 
 def export(args, ids, crf):
@@ -222,9 +228,8 @@ def export(args, ids, crf):
 
 
 # --- pictures ----------------------------------------------------------------------------------
-
 def draw(path, rows, titles, names, about, width):
-    """Write rows of pictures (H, W, 3) and a legend of VOC's colours; names {class number: name}."""
+    """Write rows of pictures (H, W, 3) and a legend; names {class number: name}."""
     shapes = [row[0].shape[0] / row[0].shape[1] for row in rows]  # pictures of a row are alike
     figure = Figure((width, sum(shapes) * width / len(titles) + 1.2), layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=shapes)
@@ -282,21 +287,18 @@ def segment_photo(args, model, classes, device, crf):
 
 
 # --- the stage ---------------------------------------------------------------------------------
-
 def score_folder(args):
     """Score --masks; the results lie beside masks of ours, and nowhere else."""
     made = read_settings(args.masks)
     about = dict(checkpoint=None, masks=str(args.masks), crf=made.get("crf"),
                  image_labels_used=made.get("image_labels_used"), seed=made.get("seed"))
-    results = score(Folder(args.data), args.split, args.masks, about, args.workers)
-    if made:
-        write_lines(args.masks / "results.json", [json.dumps(results)])
+    score(Folder(args.data), args.split, args.masks, about, args.workers,
+          args.masks / "results.json" if made else None)
 
 
 def main(args):
     if args.masks and not args.image:
-        score_folder(args)
-        return
+        return score_folder(args)
     device, _, world = join_processes()
     if world > 1:
         raise DataError("evaluate.py is one process: call it without torchrun")
@@ -304,15 +306,12 @@ def main(args):
     model, checkpoint = load_model(args.run / "seg.pt", "seg")
     model = model.to(device)
     if args.image:
-        segment_photo(args, model, checkpoint["classes"], device, crf)
-        return
+        return segment_photo(args, model, checkpoint["classes"], device, crf)
     open_run(args.run)
     folder, about = predict_split(args, model, checkpoint, device, crf)
     if args.export:
-        export(args, folder.ids(args.split), crf)
-        return
-    results = score(folder, args.split, args.run / "pred", about, args.workers)
-    write_lines(args.run / "results.json", [json.dumps(results)])
+        return export(args, folder.ids(args.split), crf)
+    score(folder, args.split, args.run / "pred", about, args.workers, args.run / "results.json")
     print(f"written: {args.run}/pred, {args.run}/results.json")
     draw_stages(args, folder, model, device, crf)
 

@@ -12,12 +12,12 @@ import time
 import torch
 import torch.distributed as dist
 
-from data import Folder, Images, columns, decode, loader, save_mask
-from evaluate import miou, score_masks
+from data import Folder, Images, columns, loader, save_mask
+from evaluate import is_whole, miou, score_masks
 from model import load_model, upsample
 from support.crf import add_crf_flags, crf_settings, dense_crf
-from support.run import (DataError, progress, check_masks, claimed, digest, in_workers,
-                         join_processes, launch, log, number, open_run, stage_flags)
+from support.run import (DataError, check_masks, claimed, digest, in_workers, join_processes,
+                         launch, log, number, open_run, progress, stage_flags)
 
 
 def parse_args(argv=None):
@@ -85,14 +85,6 @@ def classified(model, folder, ids, args, device, crf):
             yield image, present, maps, crf
 
 
-def is_whole(*paths):
-    """Whether each of an image's masks is there and can be read."""
-    try:
-        return all(decode(path) for path in paths)
-    except DataError:
-        return False
-
-
 def main(args):
     device, rank, world = join_processes()
 
@@ -103,9 +95,7 @@ def main(args):
     if args.size is None:
         patch = model.backbone.patch_embed.patch_size[0]
         args.size = max(1, round(args.size_ratio * trained["size"] / patch)) * patch
-    folder = Folder(args.data)
-    if checkpoint["classes"] != folder.classes:
-        raise DataError(f"{args.run}/cls.pt has other classes than {args.data}/classes.txt")
+    folder = Folder(args.data, checkpoint)
     if rank == 0 and checkpoint["epoch"] < trained["epochs"]:
         print(f"note: cls.pt is of epoch {checkpoint['epoch']} of {trained['epochs']}")
     ids = folder.ids(args.split)

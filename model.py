@@ -88,7 +88,6 @@ class Normalise(nn.Module):
 
 
 # --- CPF-CTE -----------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class ClassifierConfig:
     """Everything that rebuilds a CPFCTE; saved in cls.pt."""
@@ -252,7 +251,6 @@ def classification_loss(scores, image_labels):
 
 
 # --- DeepLabv2 ---------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class SegmenterConfig:
     """Everything that rebuilds a DeepLabv2; saved in seg.pt."""
@@ -298,7 +296,7 @@ class DeepLabv2(nn.Module):
         return sum(conv(features) for conv in self.aspp).float()
 
     def train(self, mode=True):
-        """As nn.Module's; with freeze_bn every batch norm keeps the ImageNet weights' statistics."""
+        """As nn.Module's; with freeze_bn every batch norm keeps its ImageNet statistics."""
         super().train(mode)
         for module in self.modules() if self.freeze_bn else ():
             if isinstance(module, nn.BatchNorm2d):

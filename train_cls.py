@@ -13,8 +13,8 @@ from torchmetrics.functional.classification import multilabel_average_precision
 
 from data import AUGMENT, Folder, LabelledImages, batches, loader
 from model import CPFCTE, ClassifierConfig, classification_loss, pool_patches
-from support.run import (progress, join_processes, launch, log, mean_loss,
-                         open_checkpoint, prepare, restore, save_checkpoint, stage_flags)
+from support.run import (join_processes, launch, log, mean_loss, open_checkpoint, prepare, progress,
+                         restore, save_checkpoint, stage_flags)
 
 
 def parse_args(argv=None):

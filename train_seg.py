@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from data import IGNORE, Folder, MaskedImages, batches, loader, read_image, read_mask
 from evaluate import confusion_matrix, miou, predict, predict_logits
 from model import DeepLabv2, SegmenterConfig
-from support.run import (progress, join_processes, launch, log, mean_loss,
-                         open_checkpoint, prepare, read_settings, restore, save_checkpoint,
-                         stage_flags, write_lines)
+from support.run import (join_processes, launch, log, mean_loss, open_checkpoint, prepare, progress,
+                         read_settings, restore, save_checkpoint, stage_flags, write_lines)
 
 MOMENTUM, WEIGHT_DECAY, POLY_POWER = 0.9, 5e-4, 0.9
 

@@ -110,21 +110,25 @@ def run_variant(args, cls_flags, pseudo_flags, seed):
 
 
 def table(rows, results):
-    """Markdown, mean ± standard deviation; results: for each row a list of scores, one a seed.
-
-    Last column: mean difference, seed by seed, ± half its 95 % confidence interval (Student's t).
+    """Markdown; results: for each row a list of scores, one a seed. Columns end with the gain in
+    BPM over the first row, seed by seed, and its 95 % confidence interval (Student's t).
     """
-    def _cell(values, form=".1f", factor=1):
-        spread = f" ± {factor * statistics.stdev(values):.1f}" if n > 1 else ""
-        return f"{statistics.mean(values):{form}}{spread}"
-
     columns, n = list(results[0][0]), len(results[0])
-    heads = ["variant", "paper (DeepLabv2, VOC val)", "n", *columns, "BPM against the first row"]
+    heads = ["variant", "paper (DeepLabv2, VOC val)", "n", *(f"{c} (sd)" for c in columns),
+             "BPM gain", "95 % interval"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for (name, paper, *_), scores in zip(rows, results):
+        cells = [name, paper, n]
+        for column in columns:
+            values = [score[column] for score in scores]
+            spread = f" ({statistics.stdev(values):.1f})" if n > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
         gains = [score["BPM"] - first["BPM"] for score, first in zip(scores, results[0])]
-        cells = [name, paper, n, *(_cell([score[c] for score in scores]) for c in columns),
-                 _cell(gains, "+.1f", T95[min(n, 10) - 2] / n ** 0.5) if any(gains) else ""]
+        gain, half = statistics.mean(gains), None
+        if n > 1:
+            half = T95[min(n, 10) - 2] / n ** 0.5 * statistics.stdev(gains)
+        cells += [f"{gain:+.1f}" if any(gains) else "",
+                  f"{gain - half:+.1f} to {gain + half:+.1f}" if half else ""]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data import IGNORE, save_mask, write_folder
-from support.run import DataError, progress, atomic, read_text, write_lines
+from support.run import DataError, atomic, progress, read_text, write_lines
 
 TOY_SIZE = 96  # pixels a side
 Y, X = np.mgrid[:TOY_SIZE, :TOY_SIZE]
@@ -41,11 +41,10 @@ def toy_pattern(pattern, rng):
 def toy_texture(texture, rng):
     """(96, 96) bool: one of TEXTURES at a random phase, period about 12 pixels; no body has it."""
     y, x = [Y, X] + rng.uniform(0, 12, (2, 1, 1))
-    dots = (x % 12 - 6) ** 2 + (y % 12 - 6) ** 2 < 14
-    rings = np.hypot(x % 48 - 24, y % 48 - 24) % 12 < 4
-    bricks = (y % 6 < 1.5) | ((x + y // 6 % 2 * 6) % 12 < 1.5)
-    zigzag = (y + abs(x % 12 - 6)) % 12 < 4
-    return {"dots": dots, "rings": rings, "bricks": bricks, "zigzag": zigzag}[texture]
+    return {"dots": (x % 12 - 6) ** 2 + (y % 12 - 6) ** 2 < 14,
+            "rings": np.hypot(x % 48 - 24, y % 48 - 24) % 12 < 4,
+            "bricks": (y % 6 < 1.5) | ((x + y // 6 % 2 * 6) % 12 < 1.5),
+            "zigzag": (y + abs(x % 12 - 6)) % 12 < 4}[texture]
 
 
 def toy_shape(rng):
@@ -92,12 +91,10 @@ def toy_scene(split, index, cooccur=None):
 
 def make_toy(root, num, cooccur=None):
     """Write the beetles to root; num = images of (train, val, test). Fewer images are a prefix."""
-    note, made_with = root / "cooccur.txt", f"{cooccur}\n"
-    if root.is_dir() and (read_text(note) if note.is_file() else "None\n") != made_with:
+    note, label_lines = root / "cooccur.txt", []
+    if root.is_dir() and (read_text(note).strip() if note.is_file() else "None") != str(cooccur):
         raise DataError(f"{root} holds beetles of another --cooccur: choose another --root")
-    if cooccur is not None:
-        write_lines(note, [cooccur])
-    label_lines = []
+    write_lines(note, [cooccur])
     for split, (name, count) in enumerate(zip(("train", "val", "test"), num)):
         ids = [f"{name}_{index:05d}" for index in range(count)]
         for index, image_id in enumerate(progress(ids, desc=name)):

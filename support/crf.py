@@ -74,10 +74,10 @@ def dense_crf(image, probs, *, backend="auto", iterations=10, gaussian_sxy=1, ga
 
 
 def enclosing_simplex(features):
-    """The lattice simplex around each point (Adams et al., Sec. 3.1): features (d, N) float32.
+    """The lattice simplex around each point of features (d, N) (Adams et al., Sec. 3.1).
 
-    Returns its corner 0 (d + 1, N), a multiple of d + 1 in every coordinate; the rank of every
-    coordinate (d + 1, N), which tells the other corners; the corners' weights (d + 1, N).
+    Its corner 0, a multiple of d + 1 in every coordinate; the rank of every coordinate, which tells
+    the other corners; the corners' weights; (d + 1, N) each.
     """
     d, N = features.shape
     elevated = features.new_zeros(d + 1, N)  # onto the plane of d + 1 coordinates that sum to 0
@@ -121,17 +121,14 @@ class GaussianFilter:
         extent = (corner.amax(1, keepdim=True) + 2 * (d + 1) - low).flatten().tolist()
         strides = [math.prod(extent[:i]) for i in range(d + 1)]
         if strides.pop() >= 2 ** 63:
-            raise DataError("--crf-sxy or --crf-srgb is too small for this image: its lattice has "
-                            "more corners than 64 bits can number")
+            raise DataError("--crf-sxy or --crf-srgb is too small: its lattice is too fine")
         digits = torch.tensor(strides, device=device)[:, None]
         corner_0 = ((corner - low) * digits).sum(0)
         keys = torch.stack([corner_0 + k * sum(strides)
                             - (d + 1) * ((rank > d - k) * digits).sum(0) for k in range(d + 1)])
-
         # splat: every vertex is a weighted sum of pixels; slice: every pixel one of d + 1 vertices
         ordered, order = keys.flatten().sort(stable=True)
-        vertices, vertex_of, counts = torch.unique_consecutive(ordered, return_inverse=True,
-                                                               return_counts=True)
+        vertices, vertex_of, counts = torch.unique_consecutive(ordered, True, True)
         M = len(vertices)
         self.pixels, self.starts = (order % N).int(), (counts.cumsum(0) - counts).int()
         self.splat_weights = weights.flatten()[order]
@@ -139,7 +136,6 @@ class GaussianFilter:
         self.corners[order] = vertex_of.int()
         self.corners = self.corners.view(d + 1, N).T.contiguous()
         self.slice_weights = weights.T.contiguous()
-
         # blur: a vertex's neighbours along each axis are d away in its own coordinate and -1 in all
         # others, and the reverse; M, a row of zeros, where there is none
         self.neighbours = []
@@ -168,9 +164,8 @@ class GaussianFilter:
 
 def positions(height, width, device):
     """(2, height * width) float32: x and y of every pixel, row by row."""
-    y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device),
-                          indexing="ij")
-    return torch.stack([x, y]).flatten(1).float()
+    sides = (torch.arange(side, device=device) for side in (height, width))
+    return torch.cartesian_prod(*sides).T.flip(0).float().contiguous()
 
 
 @lru_cache(maxsize=4)

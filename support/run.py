@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def launch(main, args):
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith("DataLoader worker (pid"):
             raise
         sys.exit("error: a worker process died (no memory?): call again, with fewer --workers")
     except KeyboardInterrupt:
@@ -68,9 +69,9 @@ class Flags:
     """argparse with a default for each preset, which stands on the flag's own line."""
 
     def __init__(self, doc):
-        self.parser = argparse.ArgumentParser(
-            description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-            argument_default=argparse.SUPPRESS)  # so that parse() sees what was given
+        self.parser = argparse.ArgumentParser(  # SUPPRESS: parse() shall see what was given
+            None, None, doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+            argument_default=argparse.SUPPRESS)
         self.error, self.defaults = self.parser.error, {}
 
     def add(self, flag, default, text, low=0, high=10**9, **options):
@@ -133,7 +134,6 @@ def stage_flags(doc, trains=False):
 
 
 # --- files -------------------------------------------------------------------------------------
-
 @contextmanager
 def atomic(path):
     """Yield a temporary name beside path and rename it to path once the block has succeeded."""
@@ -206,7 +206,8 @@ def load_checkpoint(path, kind):
         raise DataError(f"{path} is not a readable checkpoint ({type(error).__name__}): {again}")
     missing = {"config", "args", "model", "optimizer", "classes", "ids", "labels"} - {*checkpoint}
     if found != kind or missing:
-        raise DataError(f"{path} is no {kind} checkpoint but {found}, {missing or 'whole'}: {again}")
+        fault = f"no {kind} checkpoint but {found}" if found != kind else f"without {missing}"
+        raise DataError(f"{path} is {fault}: {again}")
     return checkpoint
 
 
@@ -245,8 +246,7 @@ def mean_loss(total, steps, world, model, where, path):
         dist.all_reduce(total)
     loss = total.item() / steps / world
     if not math.isfinite(loss) or not all(w.isfinite().all() for w in model.state_dict().values()):
-        raise DataError(f"loss {loss:.3g} or weights are not finite {where}: lower --lr; {path} is "
-                        "left as it was")
+        raise DataError(f"loss {loss:.3g} or weights not finite {where}: lower --lr; {path} stays")
     return loss
 
 
@@ -262,7 +262,6 @@ def save_checkpoint(path, kind, model, args, **content):
 
 
 # --- folders of masks --------------------------------------------------------------------------
-
 def read_settings(folder):
     """How the masks in a folder were made, as claimed() noted it; {} if it did not."""
     note = folder / "settings.json"
@@ -275,15 +274,14 @@ def read_settings(folder):
 def check_masks(folder, settings):
     """Refuse to add masks to those that were made with other settings, or nobody knows how."""
     if any(folder.glob("*.png")) and read_settings(folder) != settings:
-        raise DataError(f"{folder} holds masks of other data, labels, weights or flags than these, "
-                        "or has no settings.json: --overwrite replaces them, --run writes elsewhere")
+        raise DataError(f"{folder} holds masks of other data, labels, weights or flags, or has no "
+                        "settings.json: --overwrite replaces them, --run writes elsewhere")
 
 
 def claimed(results, outputs, overwrite):
-    """The same results; before the first is handed on, each folder notes how its masks are made.
+    """The same results; once the first exists, each folder of outputs notes its settings.
 
-    outputs {folder: settings}. With overwrite the masks there are deleted then, and not earlier: a
-    mistake that shows with the first image costs nothing.
+    With overwrite the masks there are deleted then, not before a mistake in the flags can show.
     """
     first = next(results, None)
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -293,13 +291,10 @@ def claimed(results, outputs, overwrite):
             write_lines(folder / "settings.json", [json.dumps(settings)])
     if dist.is_initialized():
         dist.barrier()
-    if first is not None:
-        yield first
-    yield from results
+    yield from chain([] if first is None else [first], results)
 
 
 # --- processes ---------------------------------------------------------------------------------
-
 def join_processes():
     """(device, rank, world): this process's place under torchrun (nccl or gloo), or alone."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -348,8 +343,7 @@ def as_it_is(result):
 def in_workers(function, jobs, workers):
     """Iterate over function(*job) in order; DataLoader's workers compute while jobs are made.
 
-    DataLoader has what a pool needs: it draws few jobs ahead, a worker that is killed ends in an
-    error, and workers end when this process does. Jobs and results are numpy arrays and the like.
+    As a pool it draws few jobs ahead, reports a worker that is killed, and dies with its parent.
     """
     return iter(DataLoader(Calls(function), batch_size=None, sampler=jobs, num_workers=workers,
                            collate_fn=as_it_is, worker_init_fn=ignore_interrupts,

@@ -23,8 +23,8 @@ def download_voc(root, sbd):
             download_and_extract_archive(SBDataset.url, sbd, filename=SBDataset.filename,
                                          md5=SBDataset.md5)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"the download failed ({error}): unpack VOCtrainval_11-May-2012.tar so that "
-                        f"{root}/Annotations exists, and SBD's benchmark.tgz in {sbd}")
+        raise DataError(f"the download failed ({error}): unpack VOCtrainval_11-May-2012.tar so "
+                        f"that {root}/Annotations exists, and SBD's benchmark.tgz in {sbd}")
 
 
 def voc_label_line(root, image_id):
@@ -61,8 +61,8 @@ def make_voc(root, sbd=None, download=False, counts=VOC_COUNTS):
         splits["trainaug"] = sorted({*splits["train"], *extra} - {*splits["val"]})
     for name, ids in splits.items():
         if len(ids) != counts[name]:
-            raise DataError(f"{name} has {len(ids)} images, expected {counts[name]}: are {root} and "
-                            f"{home} complete?")
+            raise DataError(f"{name} has {len(ids)} images, expected {counts[name]}: are {root} "
+                            f"and {home} complete?")
     every_id = sorted(set().union(*splits.values()))
     label_lines = [voc_label_line(root, i) for i in progress(every_id, desc="labels")]
     if "trainaug" in splits:
