@@ -132,14 +132,15 @@ def decode(path):
 def read_image(path):
     """A PIL image in RGB, upright; grey, CMYK and 16-bit files are converted."""
     image = decode(path)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF: the pixels are all right
+        pass
     if image.mode == "F":
         raise DataError(f"{path} holds floating-point numbers: save it with 8 bits a channel")
     if image.mode.startswith("I"):  # 16 bits
         image = Image.fromarray((np.array(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    try:
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception:  # damaged EXIF: the pixels are all right
-        return image.convert("RGB")
+    return image.convert("RGB")
 
 
 def read_mask(path, num_classes, size=None):

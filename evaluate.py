@@ -26,8 +26,8 @@ from data import (IGNORE, Folder, Images, decode, loader, read_image, read_mask,
 from model import load_model, upsample
 from support.crf import add_crf_flags, crf_settings, dense_crf
 from support.run import (DataError, atomic, check_masks, claimed, digest, in_workers,
-                         join_processes, launch, open_run, progress, read_settings, stage_flags,
-                         write_lines)
+                         join_processes, launch, open_run, progress, read_settings, read_text,
+                         stage_flags, write_lines)
 
 MAX_CLASSES = 21  # that the CRF is over, at most
 EXPORT = "results/VOC2012/Segmentation/comp6_test_cls"  # where VOC's server looks for ID.png
@@ -103,12 +103,13 @@ def score_masks(folder, ids, directory, workers=0):
 
 def part_recall(folder, ids, directory):
     """{part name: share of its pixels whose prediction is the true class}, from Parts/."""
-    names = (folder.root / "Parts/names.txt").read_text().split()
+    names = read_text(folder.root / "Parts/names.txt").split()
     found, total = np.zeros(len(names) + 1), np.zeros(len(names) + 1)
-    for image_id in ids:
+    for image_id in (i for i in ids if folder.mask_path(i).is_file()):
         truth = read_mask(folder.mask_path(image_id), len(folder.classes))
         mask = read_mask(directory / f"{image_id}.png", len(folder.classes))
-        parts = read_mask(folder.root / "Parts" / f"{image_id}.png", len(names) + 1)
+        parts = read_mask(folder.root / "Parts" / f"{image_id}.png", len(names) + 1,
+                          truth.shape[::-1])
         total += np.bincount(parts.ravel(), minlength=len(total))
         found += np.bincount(parts[mask == truth], minlength=len(total))
     return {name: found[i] / max(total[i], 1) for i, name in enumerate(names, 1)}
@@ -131,7 +132,8 @@ def score(folder, split, directory, about, workers, path=None):
     iou = dict(zip(folder.classes, iou_per_class(confusion).tolist()))
     results = dict(about, split=split, num_images=scored, miou=miou(confusion),
                    iou={name: None if np.isnan(v) else v for name, v in iou.items()},
-                   pixel_accuracy=float(np.trace(confusion) / max(confusion.sum(), 1)),
+                   pixel_accuracy=float(np.trace(confusion) / confusion.sum())
+                   if confusion.any() else None,
                    ignore_policy="truth 255 is left out; a predicted 255 is a miss",
                    git_commit=git_commit(), confusion=confusion.tolist())
     rows = iou
@@ -142,10 +144,12 @@ def score(folder, split, directory, about, workers, path=None):
     for name, value in rows.items():
         print(f"{name:24s}  {100 * value:6.2f}")
     word = {True: "yes", False: "no", None: "unknown"}
-    print(f"mIoU {100 * (results['miou'] or 0):.2f} %  pixel accuracy "
-          f"{100 * results['pixel_accuracy']:.2f} %  | {about['checkpoint'] or about['masks']} "
-          f"on {split} ({scored:,} images), CRF: {word[about['crf']]}, image labels used at "
-          f"inference: {word[about['image_labels_used']]}, 255 ignored", flush=True)
+    mean, accuracy = (np.nan if results[key] is None else 100 * results[key]
+                      for key in ("miou", "pixel_accuracy"))
+    print(f"mIoU {mean:.2f} %  pixel accuracy {accuracy:.2f} %  | "
+          f"{about['checkpoint'] or about['masks']} on {split} ({scored:,} images), CRF: "
+          f"{word[about['crf']]}, image labels used at inference: "
+          f"{word[about['image_labels_used']]}, 255 ignored", flush=True)
     if path:
         write_lines(path, [json.dumps(results)])
 
@@ -196,7 +200,7 @@ def predict_split(args, model, checkpoint, device, crf):
                             constants=crf and crf | dict(backend=None))  # who computes is free
     ids, began, fresh = folder.ids(args.split), time.time(), read_settings(pred) != settings
     if not read_settings(pred):
-        check_masks(pred, settings)  # else they are ours, and are made anew or gone on with
+        check_masks(pred, settings, "delete them, or choose another --run")
     todo = [i for i in ids if fresh or not is_whole(pred / f"{i}.png")]
     results = in_workers(predict, segmented(model, folder, todo, args, device, crf),
                          0 if device.type == "cuda" else args.workers)
@@ -230,7 +234,7 @@ def export(args, ids, crf):
 # --- pictures ----------------------------------------------------------------------------------
 def draw(path, rows, titles, names, about, width):
     """Write rows of pictures (H, W, 3) and a legend; names {class number: name}."""
-    shapes = [row[0].shape[0] / row[0].shape[1] for row in rows]  # pictures of a row are alike
+    shapes = [min(row[0].shape[0] / row[0].shape[1], 3) for row in rows]  # a row's are alike
     figure = Figure((width, sum(shapes) * width / len(titles) + 1.2), layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=shapes)
     for axis, picture in zip(axes.flat, sum(rows, [])):

@@ -1,5 +1,6 @@
 """What every stage needs and no paper mentions: errors, flags, files, checkpoints, processes."""
 import argparse
+import ctypes
 import hashlib
 import json
 import math
@@ -98,10 +99,13 @@ class Flags:
             if name not in given:
                 self.error(f"--{name} is needed")
         notes = [given[home] / "preset.txt" for home in ("data", "run") if home in given]
-        named = [read_text(note).strip() for note in notes if note.is_file()]
-        preset = given.get("preset") or (named or ["voc"])[0]
+        note = next((note for note in notes if note.is_file()), None)
+        try:
+            preset = given.get("preset") or (read_text(note).strip() if note else "voc")
+        except DataError as error:
+            self.error(error)
         if preset not in PRESETS:
-            self.error(f"unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
+            self.error(f"{note}: unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
         chosen = {name: values[preset] for name, values in self.defaults.items()}
         for name in ("train_split", "split"):  # VOC without SBD has no trainaug.txt: its own train
             if chosen.get(name) == "trainaug" and "data" in given:
@@ -142,6 +146,9 @@ def atomic(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's own file writer raises RuntimeError
+        reason = f"{error}".splitlines()[0][:100]
+        raise DataError(f"{path} cannot be written (is the disk full?): {reason}")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -177,8 +184,9 @@ def log(run, stage, **values):
     """Print one line of results and append the same values to RUN/log.jsonl."""
     shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
     print(f"{stage}  " + "  ".join(shown), flush=True)
-    with open(run / "log.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"stage": stage, **values}) + "\n")
+    path = run / "log.jsonl"
+    before = read_text(path).splitlines() if path.is_file() else []
+    write_lines(path, [*before, json.dumps({"stage": stage, **values})])
 
 
 def progress(items, desc, total=None, disable=False):
@@ -191,6 +199,8 @@ def progress(items, desc, total=None, disable=False):
 # --- checkpoints: RUN/cls.pt and RUN/seg.pt ----------------------------------------------------
 
 MADE_BY = {"cls": "train_cls.py", "seg": "train_seg.py"}
+NEEDED = {"cls": "config model optimizer classes ids labels --seed epoch --epochs --size".split(),
+          "seg": "config model optimizer classes ids labels --seed step".split()}
 FREE = "data run preset workers amp compile weights pretrained resume overwrite".split()
 
 
@@ -201,10 +211,10 @@ def load_checkpoint(path, kind):
         raise DataError(f"{path} not found: {again} first")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = checkpoint["kind"]
+        found, flags = checkpoint["kind"], {f"--{name}" for name in dict(checkpoint["args"])}
     except Exception as error:  # zip, pickle and torch each have their own
         raise DataError(f"{path} is not a readable checkpoint ({type(error).__name__}): {again}")
-    missing = {"config", "args", "model", "optimizer", "classes", "ids", "labels"} - {*checkpoint}
+    missing = {*NEEDED[kind]} - {*checkpoint} - flags
     if found != kind or missing:
         fault = f"no {kind} checkpoint but {found}" if found != kind else f"without {missing}"
         raise DataError(f"{path} is {fault}: {again}")
@@ -236,7 +246,7 @@ def restore(path, checkpoint, **parts):
     try:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise DataError(f"{path} does not fit ({str(error).splitlines()[0][:80]}): train anew")
 
 
@@ -253,12 +263,9 @@ def mean_loss(total, steps, world, model, where, path):
 def save_checkpoint(path, kind, model, args, **content):
     """Write a file that describes itself: what it is, its config and weights, and `content`."""
     plain = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-    try:
-        with atomic(path) as temporary:
-            torch.save({"kind": kind, "config": asdict(model.config), "args": plain,
-                        "model": model.state_dict(), **content}, temporary)
-    except (OSError, RuntimeError) as error:  # torch's own file writer raises RuntimeError
-        raise DataError(f"{path} cannot be written (is the disk full?): {str(error)[:100]}")
+    with atomic(path) as temporary:
+        torch.save({"kind": kind, "config": asdict(model.config), "args": plain,
+                    "model": model.state_dict(), **content}, temporary)
 
 
 # --- folders of masks --------------------------------------------------------------------------
@@ -268,14 +275,14 @@ def read_settings(folder):
     try:
         return dict(json.loads(read_text(note))) if note.is_file() else {}
     except (ValueError, TypeError):
-        raise DataError(f"{note} is damaged: delete it and the masks beside it, or --overwrite")
+        raise DataError(f"{note} is damaged: delete it and the masks beside it")
 
 
-def check_masks(folder, settings):
+def check_masks(folder, settings, way_out="--overwrite replaces them, --run writes elsewhere"):
     """Refuse to add masks to those that were made with other settings, or nobody knows how."""
     if any(folder.glob("*.png")) and read_settings(folder) != settings:
         raise DataError(f"{folder} holds masks of other data, labels, weights or flags, or has no "
-                        "settings.json: --overwrite replaces them, --run writes elsewhere")
+                        f"settings.json: {way_out}")
 
 
 def claimed(results, outputs, overwrite):
@@ -326,6 +333,8 @@ def prepare(model, args, world):
 def ignore_interrupts(worker):
     """worker_init_fn of a DataLoader: Ctrl-C is the main process's to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # PR_SET_PDEATHSIG, or a worker in mid-transfer outlives a kill
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 class Calls(partial):

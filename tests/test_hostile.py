@@ -1,0 +1,873 @@
+"""Bad input, row by row: a refusal is one line that names the file, and what is written stays.
+
+A row is what is done to a finished run, the call, and what its line must say. Every row works on
+its own copy of that run, in the same place, and is told through launch(), as a person is.
+"""
+import errno
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import make_pseudo
+import train_cls
+import train_seg
+from support import beetles
+from support.run import DataError, launch
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAINS = "--data data --run run --workers 0 --batch-size 4 "
+CALLS = {  # the beginning of a row's call; later flags win
+    "data": (data, ""),
+    "cls": (train_cls, TRAINS + "--epochs 1 --size 48"),
+    "pseudo": (make_pseudo, "--data data --run run --workers 0 --crf torch --crf-iterations 1"),
+    "seg": (train_seg, TRAINS + "--iterations 2 --save-every 2 --crop 48"),
+    "eval": (evaluate, "--data data --run run --workers 0"),
+    "masks": (evaluate, "--data data --workers 0 --masks run/pseudo --split train"),
+    "photo": (evaluate, "--run run --image photo.png --out out.png --workers 0")}
+FIRST = "train_00000"  # the image that rows damage; with test_00000 for stage 4
+
+
+def call(line):
+    """One of CALLS with more flags, as `python SCRIPT.py ...` runs it."""
+    name, *flags = line.split()
+    stage, usual = CALLS[name]
+    launch(stage.main, stage.parse_args([*usual.split(), *flags]))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """(where rows work, the copy that is kept): all four stages at the smallest size."""
+    place = tmp_path_factory.mktemp("hostile") / "place"
+    beetles.make_toy(place / "data", (8, 2, 2))
+    Image.new("RGB", (40, 30), (90, 160, 30)).save(place / "photo.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        for line in ("cls", "pseudo", "seg", "eval"):
+            call(line)
+    return place, Path(shutil.copytree(place, place.parent / "kept"))
+
+
+@pytest.fixture
+def place(finished, monkeypatch):
+    """The working directory: data/, run/ and photo.png, as the stages left them."""
+    place, kept = finished
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(kept, place)  # the same path again: masks know the folder of their data
+    monkeypatch.chdir(place)
+    return place
+
+
+def contents():
+    """{path: bytes} of every file here, but the log, which each stage adds to."""
+    return {str(path): path.read_bytes() for path in Path().rglob("*")
+            if path.is_file() and path.name != "log.jsonl"}
+
+
+def refusal(line, capsys):
+    """The one line that a call ends with; nothing that was written may have changed."""
+    before = contents()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        call(line)
+    assert contents() == before
+    told = ended.value.code
+    if told == 2:  # argparse: the usage, then the line
+        told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert isinstance(told, str) and len(told.splitlines()) == 1, told
+    return told
+
+
+# --- what rows do ------------------------------------------------------------------------------
+
+def text(path, *lines, encoding="utf-8"):
+    Path(path).write_text("".join(f"{line}\n" for line in lines), encoding)
+
+
+def add_line(path, line):
+    text(path, *Path(path).read_text().splitlines(), line)
+
+
+def replace(path, old, new):
+    content = Path(path).read_text()
+    assert old in content
+    Path(path).write_text(content.replace(old, new))
+
+
+def split_with(image_id):
+    """Every split begins with this id."""
+    for path in Path("data/ImageSets/Segmentation").iterdir():
+        text(path, image_id, *path.read_text().split())
+
+
+def picture(path, size=(96, 96), mode="RGB", color=0, **options):
+    Image.new(mode, size, color).save(path, **options)
+
+
+def become_folder(path):
+    Path(path).unlink()
+    Path(path).mkdir()
+
+
+def cut(path, share=0.5):
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[:int(len(content) * share)])
+
+
+def edit(path, change):
+    """Change a checkpoint's dictionary, or put something else in its place."""
+    checkpoint = torch.load(path, weights_only=True)
+    other = change(checkpoint)
+    torch.save(checkpoint if other is None else other, path)
+
+
+def drop(path, *keys):
+    """Take checkpoint[keys[0]][keys[1]]... out of a checkpoint."""
+    def _drop(content):
+        for key in keys[:-1]:
+            content = content[key]
+        del content[keys[-1]]
+    edit(path, _drop)
+
+
+def fill(path, value):
+    """Every weight of a checkpoint becomes this number."""
+    def _fill(checkpoint):
+        for weight in checkpoint["model"].values():
+            weight.fill_(value) if weight.is_floating_point() else None
+    edit(path, _fill)
+
+
+def rewind(path, name):
+    """A checkpoint from before the first epoch or step."""
+    edit(path, lambda checkpoint: checkpoint.update({name: 0}))
+
+
+def correct_a_label():
+    """What a person does who finds a mistake in image_labels.txt after training."""
+    path = Path("data/image_labels.txt")
+    lines = path.read_text().splitlines()
+    name = next(name for name in beetles.TOY_CLASSES[1:] if name not in lines[0])
+    text(path, f"{lines[0]} {name}", *lines[1:])
+
+
+class Payload:
+    """Whoever unpickles this runs code of the file's author: it makes a file called marker."""
+
+    def __reduce__(self):
+        return open, ("marker", "w")
+
+
+def png(width, height):
+    """A PNG whose header promises this size, and no more than that."""
+    content = bytearray(Path("photo.png").read_bytes())
+    content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+# --- the folder --------------------------------------------------------------------------------
+
+CLASSES, LABELS = "data/classes.txt", "data/image_labels.txt"
+TRAIN, TEST = (f"data/ImageSets/Segmentation/{split}.txt" for split in ("train", "test"))
+NO_UTF8 = "is no UTF-8 text: save it as UTF-8"
+OTHER_CLASSES = f"(?=.*{CLASSES}).*has other classes"
+
+FOLDER = [
+    ("256 classes", lambda: text(CLASSES, "background", *range(255)), "cls",
+     f"{CLASSES} has 256 classes: a mask can hold 255"),
+    ("a class twice", lambda: add_line(CLASSES, "checks_red"), "cls",
+     f"{CLASSES} names 'checks_red' twice"),
+    ("no background", lambda: replace(CLASSES, "background\n", ""), "cls",
+     f"{CLASSES} begins with 'vertical_red': class 0 is 'background'"),
+    ("background last", lambda: text(CLASSES, *beetles.TOY_CLASSES[1:], "background"), "cls",
+     f"{CLASSES} begins with 'vertical_red': class 0 is 'background'"),
+    ("a space in a class", lambda: add_line(CLASSES, "traffic light"), "cls",
+     f"{CLASSES}: 'traffic light' has a space: use an underscore"),
+    ("no classes", lambda: text(CLASSES), "cls", f"{CLASSES} is empty"),
+    ("classes in Latin-1", lambda: text(CLASSES, "background", "käfer", encoding="latin-1"), "cls",
+     f"{CLASSES} {NO_UTF8}"),
+    ("classes in UTF-16", lambda: text(CLASSES, "background", encoding="utf-16"), "eval",
+     f"{CLASSES} {NO_UTF8}"),
+    ("labels in Latin-1", lambda: text(LABELS, "a käfer", encoding="latin-1"), "cls",
+     f"{LABELS} {NO_UTF8}"),
+    ("a split in Latin-1", lambda: text(TEST, "käfer", encoding="latin-1"), "eval",
+     f"{TEST} {NO_UTF8}"),
+    ("a preset in Latin-1", lambda: text("data/preset.txt", "käfer", encoding="latin-1"), "cls",
+     f"data/preset.txt {NO_UTF8}"),
+    ("names of parts in Latin-1", lambda: text("data/Parts/names.txt", "körper", "kopf",
+                                               encoding="latin-1"), "eval",
+     f"data/Parts/names.txt {NO_UTF8}"),
+    ("settings in Latin-1", lambda: text("run/pseudo/settings.json", '{"ä": 1}',
+                                         encoding="latin-1"), "pseudo",
+     f"run/pseudo/settings.json {NO_UTF8}"),
+    ("an unknown preset", lambda: text("data/preset.txt", "imagenet"), "cls",
+     "data/preset.txt.*'imagenet'.*voc, coco, toy"),
+    ("other classes, stage 2", lambda: add_line(CLASSES, "more"), "pseudo",
+     OTHER_CLASSES),
+    ("other classes, stage 4", lambda: add_line(CLASSES, "more"), "eval",
+     OTHER_CLASSES),
+    ("an id twice", lambda: split_with("train_00003"), "cls", f"{TRAIN} lists train_00003 twice"),
+    ("an id twice, stage 4", lambda: split_with("test_00001"), "eval",
+     f"{TEST} lists test_00001 twice"),
+    ("two lines of labels", lambda: add_line(LABELS, f"{FIRST} checks_red"), "cls",
+     f"{LABELS} has two lines for {FIRST}"),
+    ("no label", lambda: split_with("stranger"), "cls",
+     f"{LABELS}: no label for stranger: add 'stranger NAME ...'"),
+    ("no label, stage 2", lambda: split_with("stranger"), "pseudo", "no label for stranger"),
+    ("an unknown label", lambda: replace(LABELS, f"{FIRST} ", f"{FIRST} unicorn "), "cls",
+     f"{LABELS}: {FIRST} has 'unicorn', which is not in classes.txt"),
+    ("corrected labels, stage 1", correct_a_label, "cls --resume",
+     "run/cls.pt was made with other labels: choose another --run, or --overwrite"),
+    ("corrected labels, stage 2", correct_a_label, "pseudo",
+     "run/bpm holds masks of other data, labels, .*--overwrite"),
+    ("corrected labels, stage 3", correct_a_label, "seg --resume",
+     "run/seg.pt was made with other labels: choose another --run, or --overwrite"),
+    ("other images, stage 1", lambda: text(TRAIN, *(f"train_{i:05d}" for i in range(7))),
+     "cls --resume", "run/cls.pt was made with other ids: "),
+    ("fewer images than a batch", lambda: text(TRAIN, FIRST), "cls --run new",
+     "1 images cannot fill --batch-size 4: lower it"),
+    ("no such folder", lambda: None, "cls --data nowhere", "nowhere not found: .*data.py toy"),
+    ("a file for a folder", lambda: None, "cls --data photo.png", "photo.png.*data.py toy"),
+    ("no such split", lambda: None, "eval --split holdout",
+     "Segmentation/holdout.txt not found: run data.py"),
+]
+BAD_IDS = ("../../outside", "/abs/x", "a\\b", ".hidden", "..", "a/b")
+FOLDER += [(f"id {bad}, {line}", partial(split_with, bad), line,
+            rf"Segmentation/\w+.txt: {re.escape(repr(bad))} is no name of a file")
+           for bad in BAD_IDS for line in ("cls --run new", "pseudo", "seg --run new", "eval",
+                                           "masks", "eval --export")]
+
+
+# --- files that are damaged, missing or of another kind ----------------------------------------
+
+def image_of(image_id):
+    return f"data/JPEGImages/{image_id}.jpg"
+
+
+def truth_of(image_id):
+    return f"data/SegmentationClass/{image_id}.png"
+
+
+IMAGE, TEST_IMAGE, TRUTH = image_of(FIRST), image_of("test_00000"), truth_of("test_00000")
+BPM, PSEUDO, PRED = f"run/bpm/{FIRST}.png", f"run/pseudo/{FIRST}.png", "run/pred/test_00000.png"
+NOTE = "settings.json is damaged: delete it and the masks beside it"
+
+
+def blocked(path):
+    """What a line says where a folder stands for a file, or a file for a folder."""
+    return rf"(?=.*{path}).*(Is a directory|File exists|Not a directory|no folder|cannot be writ)"
+
+
+FILES = [
+    ("half an image, stage 1", lambda: cut(IMAGE), "cls --run new",
+     f"{IMAGE} cannot be read .*: mend it, or take it out of the split"),
+    ("half an image, stage 2", lambda: cut(IMAGE), "pseudo --overwrite",
+     f"{IMAGE} cannot be read .*: mend it, or take it out of the split"),
+    ("half an image, stage 3", lambda: cut(IMAGE), "seg --overwrite", f"{IMAGE} cannot be read"),
+    ("half an image, stage 4", lambda: (cut(TEST_IMAGE), shutil.rmtree("run/pred")), "eval",
+     f"{TEST_IMAGE} cannot be read .*: mend it, or take it out of the split"),
+    ("half a photo", lambda: cut("photo.png"), "photo", "photo.png cannot be read"),
+    ("an empty image", lambda: cut(IMAGE, 0), "cls --run new", f"{IMAGE} cannot be read"),
+    ("no image", lambda: os.remove(IMAGE), "cls --run new", f"{IMAGE} not found"),
+    ("no photo", lambda: os.remove("photo.png"), "photo", "photo.png not found"),
+    ("a bomb", lambda: Path(IMAGE).write_bytes(png(60_000, 60_000)), "cls --run new",
+     f"{IMAGE} cannot be read .*DecompressionBomb"),
+    ("a floating-point photo", lambda: picture("photo.tif", mode="F"), "photo --image photo.tif",
+     "photo.tif holds floating-point numbers: save it with 8 bits"),
+    ("half a truth", lambda: cut(TRUTH), "eval", f"{TRUTH} cannot be read"),
+    ("a colour truth", lambda: picture(TRUTH), "eval", f"{TRUTH} is a RGB image: a mask is"),
+    ("a 16-bit truth", lambda: picture(TRUTH, mode="I;16"), "eval",
+     f"{TRUTH} is a I;16 image: a mask is"),
+    ("a class too many in a truth", lambda: picture(TRUTH, mode="L", color=9), "eval",
+     f"{TRUTH} has the value 9: allowed are 0 to 8"),
+    ("a truth of another size", lambda: picture(TRUTH, (90, 96), "L"), "eval",
+     f"{TRUTH} is 90x96, its image 96x96"),
+    ("a truth of another size, --masks", lambda: picture(truth_of(FIRST), (90, 96), "L"), "masks",
+     f"{truth_of(FIRST)} is 90x96, its image 96x96"),
+    ("a mask of another size, --masks", lambda: picture(PSEUDO, (90, 96), "L"), "masks",
+     f"{PSEUDO} is 90x96, its image 96x96"),
+    ("parts of another size", lambda: picture("data/Parts/test_00000.png", (90, 96), "L"), "eval",
+     "data/Parts/test_00000.png is 90x96, its image 96x96"),
+    ("no parts of an image", lambda: os.remove("data/Parts/test_00000.png"), "eval",
+     "data/Parts/test_00000.png not found"),
+    ("no truth at all", lambda: shutil.rmtree("data/SegmentationClass"), "eval",
+     "no ground truth to score: data/SegmentationClass has none"),
+    ("no mask to learn", lambda: os.remove(PSEUDO), "seg --overwrite",
+     f"{PSEUDO} not found: run make_pseudo.py first"),
+    ("half a mask to learn", lambda: cut(PSEUDO), "seg --overwrite", f"{PSEUDO} cannot be read"),
+    ("a mask to learn of another size", lambda: picture(PSEUDO, (90, 96), "L"), "seg --overwrite",
+     f"{PSEUDO} is 90x96, its image 96x96"),
+    ("masks that nobody knows, stage 2", lambda: os.remove("run/pseudo/settings.json"), "pseudo",
+     "run/pseudo holds masks .*no settings.json: --overwrite replaces them, --run writes elsewh"),
+    ("masks that nobody knows, stage 4", lambda: os.remove("run/pred/settings.json"), "eval",
+     "run/pred holds masks .*no settings.json(?!.*--overwrite).*(--run|delete)"),  # no such flag
+    ("masks of other flags", lambda: None, "pseudo --crf-iterations 2",
+     "run/pseudo holds masks of other data, labels, weights or flags"),
+    *((f"settings.json is {content}", partial(text, "run/pseudo/settings.json", content), line,
+       f"run/pseudo/{NOTE}") for content in ("", "{", "null", "[1]", '"masks"', "5")
+      for line in ("pseudo", "seg --overwrite", "masks")),
+    ("broken settings, stage 4", lambda: text("run/pred/settings.json", "{"), "eval",
+     f"run/pred/{NOTE}(?!.*--overwrite)"),
+    ("the run is a file", lambda: text("file"), "cls --run file",
+     "--run file is no folder that can be written to: choose another"),
+    ("the run is a file, stage 2", lambda: text("file"), "pseudo --run file", "--run file is no f"),
+    ("the run is a file, stage 3", lambda: text("file"), "seg --run file --masks run/pseudo",
+     "--run file is no folder"),
+    ("the run is a file, stage 4", lambda: text("file"), "eval --run file", "file.* (no|not) f"),
+    ("the run lies in a file", lambda: text("file"), "cls --run file/run",
+     blocked("file")),
+    ("an image is a folder", lambda: become_folder(IMAGE), "cls --run new", f"{IMAGE} not found"),
+    ("classes.txt is a folder", lambda: become_folder(CLASSES), "eval", f"{CLASSES} not found"),
+    ("a truth is a folder", lambda: (os.remove(TRUTH), os.mkdir(TRUTH),
+                                     os.remove(truth_of("test_00001"))), "eval",
+     "no ground truth to score"),
+    ("labels are a folder", lambda: become_folder(LABELS), "cls", f"{LABELS} not found"),
+    ("a split is a folder", lambda: become_folder(TRAIN), "cls", f"{TRAIN} not found"),
+    ("a mask is a folder", lambda: become_folder(PSEUDO), "pseudo", blocked(FIRST)),
+    ("cls.pt is a folder", lambda: become_folder("run/cls.pt"), "pseudo", "run/cls.pt not found"),
+    ("cls.pt is a folder, stage 1", lambda: become_folder("run/cls.pt"), "cls --resume",
+     "run/cls.pt not found|run/cls.pt.*folder"),
+    ("seg.pt is a folder, stage 3", lambda: become_folder("run/seg.pt"), "seg --overwrite",
+     blocked("run/seg.pt")),
+    ("the log is a folder", lambda: become_folder("run/log.jsonl"), "cls --overwrite",
+     blocked("run/log.jsonl")),
+    ("the photo is a folder", lambda: None, "photo --image data", "data not found|data.*folder"),
+    ("--out is a folder", lambda: os.mkdir("out.png"), "photo", blocked("out.png")),
+    ("--masks is a file", lambda: None, "seg --masks photo.png --overwrite",
+     f"photo.png/{FIRST}.png not found: run make_pseudo.py first"),
+    ("--masks is nowhere", lambda: None, "masks --masks nowhere",
+     f"nowhere/{FIRST}.png not found"),
+    ("a data set for a file", lambda: None, "data toy --root photo.png --num 1 1 1",
+     blocked("photo.png")),
+    ("the overlay is the photo", lambda: shutil.copy("photo.png", "me_overlay.png"),
+     "photo --image me_overlay.png --out me.png", "me_overlay.png is in the way, and not ours"),
+    ("the overlay is a folder", lambda: os.mkdir("out_overlay.png"), "photo", "out_overlay.png"),
+    ("the overlay is another photo", lambda: shutil.copy("photo.png", "out_overlay.png"), "photo",
+     "out_overlay.png is in the way, and not ours to replace: choose another --out"),
+]
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+
+CLS, SEG = "run/cls.pt", "run/seg.pt"
+FIELDS = "kind config args model optimizer classes ids labels".split()
+
+
+def reshape(checkpoint):
+    name, weight = next(iter(checkpoint["model"].items()))
+    checkpoint["model"][name] = weight.flatten()[:1]
+
+
+CHECKPOINTS = [
+    *((f"cls.pt without {field}", partial(drop, CLS, field), "pseudo",
+       "run/cls.pt .*(run train_cls.py|train anew)") for field in [*FIELDS, "epoch"]),
+    *((f"seg.pt without {field}", partial(drop, SEG, field), "seg --resume",
+       "run/seg.pt .*(run train_seg.py|train anew|--overwrite)")
+      for field in [*FIELDS, "step", "masks"]),
+    ("cls.pt without epoch, stage 1", lambda: drop(CLS, "epoch"), "cls --resume",
+     "run/cls.pt .*(run train_cls.py|train anew|--overwrite)"),
+    *((f"cls.pt without the argument {name}", partial(drop, CLS, "args", name), "pseudo",
+       "run/cls.pt .*(run train_cls.py|train anew)") for name in ("size", "epochs", "seed")),
+    ("seg.pt without its seed", lambda: drop(SEG, "args", "seed"), "eval",
+     "run/seg.pt .*(run train_seg.py|train anew)"),
+    ("cls.pt without a weight", lambda: drop(CLS, "model", "classifier.weight"), "pseudo",
+     "run/cls.pt does not fit .*: train anew"),
+    ("cls.pt of other shapes", lambda: edit(CLS, reshape), "pseudo",
+     "run/cls.pt does not fit .*: train anew"),
+    ("seg.pt of other shapes", lambda: edit(SEG, reshape), "eval",
+     "run/seg.pt does not fit .*: train anew"),
+    ("cls.pt of another version", lambda: edit(CLS, lambda c: c["config"].update(heads=3)),
+     "pseudo", "run/cls.pt is of another version .*: train anew"),
+    ("cls.pt of an unknown backbone", lambda: edit(CLS, lambda c: c["config"].update(
+        backbone="vit_gone")), "pseudo", "vit_gone"),
+    ("weights that are none", lambda: edit(CLS, lambda c: c.update(model=None)), "pseudo",
+     "run/cls.pt .*train"),
+    ("an optimiser that is none", lambda: edit(CLS, lambda c: c.update(optimizer=None)),
+     "cls --resume", "run/cls.pt .*train"),
+    ("arguments that are none", lambda: edit(SEG, lambda c: c.update(args=None)), "seg --resume",
+     "run/seg.pt .*train"),
+    ("seg.pt as cls.pt", lambda: shutil.copy(SEG, CLS), "pseudo",
+     "run/cls.pt is no cls checkpoint but seg.*: run train_cls.py"),
+    ("cls.pt as seg.pt", lambda: shutil.copy(CLS, SEG), "eval",
+     "run/seg.pt is no seg checkpoint but cls.*: run train_seg.py"),
+    ("half of cls.pt", lambda: cut(CLS), "pseudo", "run/cls.pt is not a readable checkpoint"),
+    ("half of cls.pt, stage 1", lambda: cut(CLS), "cls --resume", "run/cls.pt is not a readable"),
+    ("half of seg.pt", lambda: cut(SEG), "eval", "run/seg.pt is not a readable .*train_seg.py"),
+    ("half of seg.pt, a photo", lambda: cut(SEG), "photo", "run/seg.pt is not a readable"),
+    ("an empty cls.pt", lambda: cut(CLS, 0), "pseudo", "run/cls.pt is not a readable"),
+    ("text as cls.pt", lambda: text(CLS, "weights"), "pseudo", "run/cls.pt is not a readable"),
+    ("a list as cls.pt", lambda: edit(CLS, lambda _: [1, 2]), "pseudo", "run/cls.pt is not a read"),
+    ("a tensor as cls.pt", lambda: edit(CLS, lambda _: torch.ones(2)), "pseudo", "run/cls.pt is n"),
+    ("code in cls.pt", lambda: torch.save({"kind": Payload()}, CLS), "pseudo",
+     "run/cls.pt is not a readable checkpoint .*: run train_cls.py"),
+    ("no cls.pt", lambda: os.remove(CLS), "pseudo", "run/cls.pt not found: run train_cls.py first"),
+    ("no seg.pt", lambda: os.remove(SEG), "eval", "run/seg.pt not found: run train_seg.py first"),
+    ("NaN weights, stage 1", lambda: (fill(CLS, math.nan), rewind(CLS, "epoch")), "cls --resume",
+     "loss nan or weights .*not finite in epoch 1: lower --lr; run/cls.pt (is left|stays)"),
+    ("NaN weights, stage 3", lambda: (fill(SEG, math.nan), rewind(SEG, "step")), "seg --resume",
+     "loss nan or weights .*not finite .*: lower --lr; run/seg.pt (is left|stays)"),
+    ("NaN weights, stage 2", lambda: fill(CLS, math.nan), "pseudo --overwrite",
+     "run/cls.pt gives numbers that are not finite: train it again"),
+    ("NaN weights, stage 4", lambda: fill(SEG, math.nan), "eval", "seg.pt gives numbers that"),
+    ("infinite weights, a photo", lambda: fill(SEG, math.inf), "photo", "seg.pt gives numbers"),
+    ("a finished cls.pt", lambda: None, "cls", "run/cls.pt exists: --resume goes on, --overwrite"),
+    ("a finished seg.pt", lambda: None, "seg", "run/seg.pt exists: --resume goes on, --overwrite"),
+    ("other flags, stage 1", lambda: None, "cls --resume --pool max",
+     "run/cls.pt was made with --pool topk, now it is max: "),
+    ("other flags, stage 3", lambda: None, "seg --resume --scales 1",
+     r"run/seg.pt was made with --scales \[1.0, 0.75\], now it is \[1.0\]: "),
+    ("other masks, stage 3", lambda: replace("run/pseudo/settings.json", '"size": 48', '"size": 9'),
+     "seg --resume", "run/seg.pt was made with other masks: "),
+    ("no such weights", lambda: None, "cls --run new --weights none",
+     "none not found: --weights takes a local copy"),
+    ("weights that are a folder", lambda: None, "cls --run new --weights data",
+     "data not found: --weights takes a local copy|data is .*folder"),
+    ("weights of another network", lambda: torch.save({"a": torch.ones(1)}, "a.pth"),
+     "cls --run new --weights a.pth", "no weights for vit_toy from a.pth .*: pass --weights FILE"),
+    ("a CNN for a ViT", lambda: None, "cls --run new --backbone resnet_toy",
+     "--backbone resnet_toy does not fit this stage, which needs a plain ViT"),
+    ("a ViT for a CNN", lambda: None, "seg --overwrite --backbone vit_toy",
+     "--backbone vit_toy does not fit this stage, which needs a CNN"),
+    ("a backbone that is none", lambda: None, "cls --run new --backbone vit_huge_toy",
+     "timm has no model 'vit_huge_toy'"),
+    ("tokens that nothing reads", lambda: None,
+     "cls --run new --class-tokens append --context none", "--class-tokens append needs a --cont"),
+    ("a size that patches do not divide, stage 1", lambda: None, "cls --run new --size 50",
+     "--size 50 is no multiple of the 8 pixels of a patch"),
+    ("a lattice too fine", lambda: None,
+     "pseudo --overwrite --crf torch --crf-sxy 0.001 --crf-srgb 0.001", "--crf-s.* too small"),
+]
+ROWS = FOLDER + FILES + CHECKPOINTS
+
+
+@pytest.mark.parametrize("spoil, line, words", [pytest.param(*row, id=name) for name, *row in ROWS])
+def test_a_mistake_is_told_in_one_line_and_changes_nothing(place, capsys, spoil, line, words):
+    spoil()
+    told = refusal(line, capsys)
+    assert re.search(words, told), told
+    assert not Path("marker").exists() and not [*Path().rglob("*.tmp")]
+
+
+FLAGS = {
+    "cls": ["--lr -1", "--lr nan", "--lr inf", "--lr 0", "--late-lr -1", "--late-lr nan",
+            "--dropout 1.0", "--dropout 1.5", "--dropout -0.1", "--dropout nan", "--seed -1",
+            f"--seed {2**63}", "--workers -1", "--train-blocks -1", "--frozen-epochs -1",
+            "--epochs 0", "--batch-size 0", "--size 0", "--size 48.5", "--top-k 0", "--pool median",
+            "--augment mirror", "--preset imagenet"],
+    "pseudo": ["--size 0", "--size -8", "--size-ratio 0", "--size-ratio nan", "--workers -2",
+               "--crf-iterations nan", "--crf-iterations -1", "--crf-sxy nan", "--crf-sxy 0",
+               "--crf-srgb -3", "--crf-srgb=-inf", "--crf-compat nan", "--crf-compat -1",
+               "--crf magic"],
+    "seg": ["--lr nan", "--lr=-inf", "--aspp-lr -1", "--aspp-lr nan", "--rescale 1.5 0.5",
+            "--rescale 0 1", "--rescale nan 1", "--rescale 1", "--scales 0", "--scales 1 -0.5",
+            "--scales nan", "--val-images -1", "--iterations 0", "--save-every 0", "--crop 0",
+            "--seed -1", f"--seed {2**63}", "--workers -1"],
+    "eval": ["--workers -1", "--crf-iterations nan", "--crf-compat inf", "--crf-sxy -1",
+             "--export --masks run/bpm"],
+    "photo": ["--out out.jpg", "--out photo.png", "--export"]}
+
+
+@pytest.mark.parametrize("line", [f"{name} {flag}" for name in FLAGS for flag in FLAGS[name]])
+def test_a_flag_that_cannot_be_is_named_and_nothing_starts(place, capsys, line):
+    told = refusal(line, capsys)
+    assert line.split()[1].split("=")[0] in told and "error: " in told
+
+
+def test_pydensecrf_that_is_not_installed(place, capsys, monkeypatch):
+    monkeypatch.setattr("support.crf.densecrf", None)
+    told = refusal("pseudo --crf pydensecrf --overwrite", capsys)
+    assert "pydensecrf is not installed: --crf torch gives the same labels" in told
+
+
+# --- files with code in them -------------------------------------------------------------------
+
+def raw_pickle(path):
+    import pickle
+    Path(path).write_bytes(pickle.dumps({"weight": Payload()}))
+
+
+SAVERS = {"zip.pth": lambda path: torch.save({"weight": Payload()}, path),
+          "old.bin": lambda path: torch.save({"weight": Payload()}, path,
+                                             _use_new_zipfile_serialization=False),
+          "raw.pkl": raw_pickle, "raw.safetensors": raw_pickle,
+          "array.npz": lambda path: np.savez(path, weight=np.array([Payload()], object))}
+
+
+@pytest.mark.parametrize("line", ["cls --run new", "seg --overwrite"])
+@pytest.mark.parametrize("name", SAVERS)
+def test_weights_with_code_in_them_do_not_run_it(place, capsys, name, line):
+    SAVERS[name](name)
+    told = refusal(f"{line} --weights {name}", capsys)
+    assert re.search(f"no weights for .*_toy from {name} .*: pass --weights FILE", told), told
+    assert not Path("marker").exists()
+
+
+# --- a full disk -------------------------------------------------------------------------------
+
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("name", ["cls", "seg"])
+@pytest.mark.parametrize("error", [NO_SPACE, RuntimeError(  # as torch tells it, from C++
+    "[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0\nframe #0: c10::Throw")],
+    ids=["OSError", "RuntimeError"])
+def test_a_full_disk_leaves_the_old_checkpoint(place, capsys, monkeypatch, name, error):
+    def save(_, path):
+        Path(path).write_bytes(b"the first bytes")
+        raise error
+    monkeypatch.setattr(torch, "save", save)
+    told = refusal(f"{name} --overwrite", capsys)
+    assert f"run/{name}.pt cannot be written (is the disk full?)" in told, told
+    assert not [*Path().rglob("*.tmp")]
+
+
+@pytest.mark.parametrize("name", ["cls", "seg"])
+def test_a_file_that_may_not_grow_leaves_the_old_checkpoint(place, capsys, name):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # torch's own writer fails
+    try:
+        told = refusal(f"{name} --overwrite", capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"run/{name}.pt cannot be written (is the disk full?)" in told, told
+    assert not [*Path().rglob("*.tmp")]
+
+
+@pytest.mark.parametrize("line, path", [("pseudo", BPM), ("eval", PRED), ("photo", "out.png")])
+def test_a_full_disk_while_masks_are_written_names_one(place, capsys, monkeypatch, line, path):
+    def save(_, path, **__):
+        Path(path).write_bytes(b"the first bytes")
+        raise NO_SPACE
+    for mask in (BPM, PRED):
+        os.remove(mask)
+    monkeypatch.setattr(Image.Image, "save", save)
+    told = refusal(line, capsys)
+    assert "No space left on device" in told and path in told, told
+    assert not [*Path().rglob("*.tmp")]
+
+
+@pytest.mark.parametrize("line", ["cls --overwrite", "seg --overwrite", "pseudo"])
+def test_a_full_disk_while_the_log_is_written_names_it(place, capsys, monkeypatch, line):
+    before, write_text = Path("run/log.jsonl").read_text(), Path.write_text
+
+    def write(path, text, **options):
+        if "log.jsonl" in path.name:
+            raise NO_SPACE
+        return write_text(path, text, **options)
+    monkeypatch.setattr(Path, "write_text", write)
+    told = refusal(line, capsys)
+    assert "No space left on device" in told and "log.jsonl" in told, told
+    assert Path("run/log.jsonl").read_text() == before
+
+
+# --- stage 2 and the masks that are there ------------------------------------------------------
+
+@pytest.mark.parametrize("overwrite", ["", " --overwrite"])
+@pytest.mark.parametrize("masks", ["no masks", "masks"])
+def test_a_size_that_patches_do_not_divide_claims_nothing(place, capsys, masks, overwrite):
+    expected = {path: Path(path).read_bytes() for path in (BPM, PSEUDO)}
+    if masks == "no masks":
+        shutil.rmtree("run/bpm")
+        shutil.rmtree("run/pseudo")
+    told = refusal(f"pseudo --size 97{overwrite}", capsys)
+    if masks == "masks" and not overwrite:
+        assert "run/bpm holds masks of other" in told
+    else:
+        assert "--size 97 is no multiple of the 8 pixels of a patch" in told
+    call("pseudo")
+    assert {path: Path(path).read_bytes() for path in expected} == expected
+
+
+@pytest.mark.parametrize("path", [BPM, PSEUDO, "run/pred/test_00000.png"])
+@pytest.mark.parametrize("damage", [cut, partial(cut, share=0), os.remove,
+                                    lambda path: text(path, "no image")],
+                         ids=["half", "empty", "gone", "text"])
+def test_a_damaged_mask_is_made_anew(place, path, damage):
+    before = contents()
+    damage(path)
+    call("eval" if "pred" in path else "pseudo")
+    after = contents()
+    assert all(after[path] == before[path] for path in before if path.endswith(".png")
+               and "figure" not in path)
+
+
+@pytest.mark.parametrize("line, leftover", [
+    ("cls --overwrite", "run/.cls.pt.tmp"), ("seg --overwrite", "run/.seg.pt.tmp"),
+    ("seg --overwrite", "run/.preset.txt.tmp"), ("pseudo", f"run/bpm/.{FIRST}.png.tmp"),
+    ("pseudo", "run/pseudo/.settings.json.tmp"), ("eval", "run/pred/.test_00000.png.tmp"),
+    ("eval", "run/.results.json.tmp"), ("eval", "run/.figure.png.tmp"), ("photo", ".out.png.tmp"),
+    ("photo", ".out_overlay.png.tmp")])
+def test_what_a_killed_save_left_disappears_with_the_next_run(place, line, leftover):
+    leftover = Path(leftover)
+    leftover.write_bytes(b"half a file")
+    whole = leftover.with_name(leftover.name[1:].removesuffix(".tmp"))
+    if whole.suffix == ".png":  # no mask there: the kill came before it was whole
+        whole.unlink(missing_ok=True)
+    call(line)
+    assert whole.is_file() and not [*Path().rglob("*.tmp")]
+
+
+# --- Ctrl-C and SIGKILL ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("line, where", [
+    ("cls --overwrite", "train_cls.batches"), ("pseudo --overwrite", "make_pseudo.present_probs"),
+    ("seg --overwrite", "train_seg.batches"), ("eval --crf torch", "evaluate.predict_logits")])
+def test_ctrl_c_is_one_line_and_exit_130(place, capsys, monkeypatch, line, where):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    def leave(code):
+        raise SystemExit(code)
+    before = contents()
+    monkeypatch.setattr(where, interrupt)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as ended:
+        call(line)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted: what is written stays\n"
+    assert contents() == before
+
+
+def still_runs(pid):
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_workers_end_with_the_process_that_is_killed():
+    code = """
+import multiprocessing, os, signal, numpy
+from support.run import in_workers
+results = in_workers(numpy.zeros, [(10**5,)] * 99, 2)  # arrays fill the pipe that nobody reads
+next(results)
+print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as killed:
+        workers = [int(pid) for pid in killed.stdout.readline().split()]
+    deadline = time.time() + 15  # a DataLoader's workers look for their parent every five seconds
+    while any(map(still_runs, workers)) and time.time() < deadline:
+        time.sleep(0.1)
+    left = [pid for pid in workers if still_runs(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert len(workers) == 2 and not left
+
+
+# --- odd, but right ----------------------------------------------------------------------------
+
+def add_mark(path):
+    Path(path).write_bytes(b"\xef\xbb\xbf" + Path(path).read_bytes())
+
+
+def windows_lines(path):
+    Path(path).write_bytes(Path(path).read_bytes().replace(b"\n", b"\r\n"))
+
+
+def blank_lines(path):
+    Path(path).write_bytes(b"\n" + Path(path).read_bytes().replace(b"\n", b" \n\n"))
+
+
+@pytest.mark.parametrize("change", [add_mark, windows_lines, blank_lines])
+@pytest.mark.parametrize("path", [CLASSES, LABELS, TRAIN, TEST, "data/preset.txt",
+                                  "data/Parts/names.txt", "run/pseudo/settings.json",
+                                  "run/pred/settings.json"])
+def test_text_as_windows_writes_it_means_the_same(place, monkeypatch, path, change):
+    monkeypatch.setattr(evaluate, "draw", lambda *_, **__: None)
+    before = contents()
+    change(path)
+    for line in ("cls --resume", "pseudo", "seg --resume", "eval"):
+        call(line)
+    after = contents()
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed <= {path} and after.keys() == before.keys()
+
+
+def become_size(image_id, width, height):
+    """The image, its truth and its parts, cut to a few pixels."""
+    for path in (image_of(image_id), truth_of(image_id), f"data/Parts/{image_id}.png"):
+        with Image.open(path) as image:
+            small = image.crop((40, 40, 40 + width, 40 + height))
+        small.save(path)
+
+
+@pytest.mark.parametrize("width, height", [(1, 1), (1, 9), (9, 1)])
+def test_an_image_of_one_pixel_a_side_goes_through_all_stages(place, width, height):
+    for image_id in (FIRST, "val_00000", "test_00000"):
+        become_size(image_id, width, height)
+    for line in ("cls --overwrite", "pseudo --overwrite", "seg --overwrite", "eval"):
+        call(line)
+    for path in (BPM, PSEUDO, "run/pred/test_00000.png"):
+        assert data.read_mask(path, 9).shape == (height, width)
+    picture("photo.png", (width, height))
+    call("photo --crf torch")
+    assert data.read_mask("out.png", 9).shape == (height, width)
+
+
+def test_truth_that_is_ignored_everywhere_scores_null(place):
+    for image_id in ("test_00000", "test_00001"):
+        picture(truth_of(image_id), mode="L", color=255)
+    call("eval")
+    results = json.loads(Path("run/results.json").read_text(), parse_constant=pytest.fail)
+    assert results["miou"] is None and set(results["iou"].values()) == {None}
+    assert results["num_images"] == 2 and not np.any(results["confusion"])
+
+
+def test_what_is_not_scored_is_not_told_as_zero(place, capsys):
+    for image_id in ("test_00000", "test_00001"):
+        picture(truth_of(image_id), mode="L", color=255)
+    call("masks --masks run/pred --split test")
+    assert "mIoU 0.00" not in capsys.readouterr().out
+    assert json.loads(Path("run/pred/results.json").read_text())["pixel_accuracy"] is None
+
+
+def test_truth_of_some_images_scores_those(place):
+    os.remove(TRUTH)
+    call("eval")
+    assert json.loads(Path("run/results.json").read_text())["num_images"] == 1
+
+
+def test_255_classes_are_not_too_many(place):
+    text(CLASSES, "background", *range(254))
+    assert len(data.Folder("data").classes) == 255
+
+
+def test_scoring_the_truth_writes_nothing_there(place, capsys):
+    before = contents()
+    for split in ("train", "val"):
+        call(f"masks --masks data/SegmentationClass --split {split}")
+    assert "mIoU 100.00 %" in capsys.readouterr().out
+    assert contents() == before
+
+
+def test_photos_are_read_upright_everywhere(place, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: shown upright the picture is 40 wide and 60 high
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[:, :20] = 250  # stored at the left, seen at the top
+    for path in (IMAGE, "photo.jpg"):
+        Image.fromarray(pixels).save(path, exif=exif, quality=100)
+    read = data.Images(data.Folder("data"), [FIRST], 48)[0][1]
+    assert read.shape == (60, 40, 3) and read[:15].min() > 200 and read[25:].max() < 50
+    assert np.array_equal(read, np.array(data.read_image("photo.jpg")))
+    call("photo --image photo.jpg")
+    assert data.read_mask("out.png", 9).shape == (60, 40)
+    for path, line in ((PSEUDO, "seg --overwrite"), (truth_of(FIRST), "masks")):
+        if path != PSEUDO:
+            picture(PSEUDO, (40, 60), "L")
+        picture(path, (60, 40), "L")  # drawn on the picture as it is stored
+        told = refusal(line, capsys)
+        assert f"{path} is 60x40, its image 40x60: is the photo turned by its EXIF" in told, told
+
+
+@pytest.mark.parametrize("ending", [".jpeg", ".png"])
+def test_images_of_other_endings_go_through_all_stages(place, ending):
+    for path in sorted(Path("data/JPEGImages").iterdir()):
+        with Image.open(path) as image:
+            image.save(path.with_suffix(ending))
+        path.unlink()
+    for line in ("cls --overwrite", "pseudo --overwrite", "seg --overwrite", "eval"):
+        call(line)
+    assert len([*Path("run/pred").glob("*.png")]) == 2
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_sixteen_bits_are_scaled_not_white(tmp_path, turned):
+    exif = Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    grey = np.tile(np.array([0, 257 * 100, 257 * 200, 65535], np.uint16), (2, 1))
+    Image.fromarray(grey).save(tmp_path / "a.png", exif=exif)
+    read = np.array(data.read_image(tmp_path / "a.png"))
+    assert np.array_equal(read[..., 1].T if turned else read[..., 1], [[0, 100, 200, 255]] * 2)
+
+
+# --- a thousand damaged files ------------------------------------------------------------------
+
+def specimens():
+    """{name: (image, options of save)} of small files: photos turned and not, masks, 16 bits."""
+    pixels = np.array(Image.fromarray(beetles.toy_scene(0, 0)[0]).resize((40, 30)))
+    mask = beetles.toy_scene(0, 0)[1][30:60, 30:70]
+    exif = Image.Exif()  # orientation, maker, date, resolution, latitude: every kind of number
+    exif.update({0x0112: 6, 0x010F: "maker", 0x0132: "2024:01:01 00:00:00", 0x011A: 72.0})
+    exif.get_ifd(0x8825)[2] = (1.0, 2.0, 3.0)
+    palette = Image.fromarray(mask)
+    palette.putpalette(data.voc_palette().tobytes())
+    return {"a.jpg": (Image.fromarray(pixels), dict(exif=exif)),
+            "b.jpg": (Image.fromarray(pixels).convert("L"), dict(progressive=True)),
+            "c.png": (Image.fromarray(pixels), dict(exif=exif)), "d.png": (palette, {}),
+            "e.png": (Image.fromarray(mask), {}),
+            "f.png": (Image.fromarray(pixels[..., 0].astype(np.uint16) * 257), {})}
+
+
+def damaged(content, rng):
+    """A file's bytes after one to three accidents: flipped, cut, inserted, doubled."""
+    content = bytearray(content)
+    for _ in range(rng.randint(1, 3)):
+        place = rng.randrange(max(1, len(content)))
+        kind = rng.choice(("flip", "head", "cut", "insert", "double"))
+        if kind == "cut":
+            del content[place:]
+        elif kind == "insert":
+            content[place:place] = rng.randbytes(rng.randint(1, 9))
+        elif kind == "double":  # a PNG's chunk, or as many bytes of a JPEG
+            starts = [m.start() - 4 for m in re.finditer(b"IHDR|PLTE|IDAT|eXIf|IEND", content)]
+            start = max(0, rng.choice(starts or [place]))
+            length = 12 + int.from_bytes(content[start:start + 4], "big") % 4096
+            content[start:start] = content[start:start + length]
+        elif kind == "head":  # where the formats keep their facts, EXIF among them
+            for _ in range(4 * bool(content)):
+                content[rng.randrange(min(256, len(content)))] ^= 1 << rng.randrange(8)
+        elif content:
+            content[place] ^= 1 << rng.randrange(8)
+    return bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of EXIF
+def test_a_thousand_damaged_files_are_refused_or_read_right(tmp_path):
+    whole = {}
+    for name, (image, options) in specimens().items():
+        image.save(tmp_path / name, **options)
+        whole[name] = (tmp_path / name).read_bytes()
+    outcomes = {"read": 0, "refused": 0}
+    for seed in range(1000):
+        rng = random.Random(seed)
+        name = rng.choice(sorted(whole))
+        path = tmp_path / f"{seed}{name}"
+        path.write_bytes(damaged(whole[name], rng))
+        try:
+            image = data.read_image(path)
+            assert image.mode == "RGB" and np.array(image).shape == (image.height, image.width, 3)
+            outcomes["read"] += 1
+        except DataError as error:
+            assert path.name in str(error) and len(str(error).splitlines()) == 1
+            outcomes["refused"] += 1
+        for size in (None, (40, 30)):
+            try:
+                mask = data.read_mask(path, 9, size)
+                assert mask.dtype == np.uint8 and mask.ndim == 2
+                assert size in (None, mask.shape[::-1])
+                assert set(np.unique(mask).tolist()) <= {*range(9), 255}
+            except DataError as error:
+                assert path.name in str(error) and len(str(error).splitlines()) == 1
+        path.unlink()
+    assert min(outcomes.values()) > 100, outcomes  # the damage is neither nothing nor everything
