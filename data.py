@@ -101,10 +101,10 @@ class Folder:
             labels[self.classes.index(name)] = 1
         return labels
 
-    def fingerprint(self, ids):
-        """A short hash of these ids and their image labels; a label that is missing is named."""
-        facts = repr([(i, self.image_labels(i).nonzero().flatten().tolist()) for i in ids])
-        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+    def fingerprint(self):
+        """A short hash of all image labels."""
+        facts = sorted((image_id, sorted(names)) for image_id, names in self._labels.items())
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def image_path(self, image_id):
         """JPEGImages/ID.jpg, or .jpeg, or .png."""
@@ -245,11 +245,6 @@ class MaskedImages(Images):
             mask = Mask(np.array(mask.resize(size, Image.Resampling.NEAREST)))
             image, mask = self.change(image, mask)
         return image, mask.long()
-
-
-def columns(items):
-    """collate_fn for images of many sizes: a tuple of each of an item's parts."""
-    return tuple(zip(*items))
 
 
 def loader(dataset, args, device, **options):

@@ -294,8 +294,8 @@ def segment_photo(args, model, classes, device, crf):
 def score_folder(args):
     """Score --masks; the results lie beside masks of ours, and nowhere else."""
     made = read_settings(args.masks)
-    about = dict(checkpoint=None, masks=str(args.masks), crf=made.get("crf"),
-                 image_labels_used=made.get("image_labels_used"), seed=made.get("seed"))
+    about = dict(checkpoint=None, masks=str(args.masks))
+    about |= {name: made.get(name) for name in ("crf", "image_labels_used", "seed")}
     score(Folder(args.data), args.split, args.masks, about, args.workers,
           args.masks / "results.json" if made else None)
 

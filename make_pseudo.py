@@ -12,7 +12,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from data import Folder, Images, columns, loader, save_mask
+from data import Folder, Images, loader, save_mask
 from evaluate import is_whole, miou, score_masks
 from model import load_model, upsample
 from support.crf import add_crf_flags, crf_settings, dense_crf
@@ -24,15 +24,12 @@ def parse_args(argv=None):
     """The flags of stage 2."""
     flags = stage_flags(__doc__)
     add = flags.add
-    add("--split", "trainaug", "split whose images get masks; their image labels are used",
-        coco="train", toy="train")
+    add("--split", "trainaug", "split whose images get masks", coco="train", toy="train")
     add("--size", None, "the network sees SIZE x SIZE (default: cls.pt's training size times "
         "--size-ratio)", type=number(int, 1, 10**5))
-    add("--size-ratio", 2.5, "more pixels than in training (Sec. 0.4.2): 960 for 384", toy=1.0,
-        low=0.1, high=100)
+    add("--size-ratio", 2.5, "Sec. 0.4.2: 960 for 384", toy=1.0, low=0.1, high=100)
     add("--batch-size", 8, "images of one forward pass", low=1)
-    add("--max-norm", True, "divide each class's map by its own maximum before the argmax "
-        "(ViT-PCM)")
+    add("--max-norm", True, "divide each class's map by its own maximum (ViT-PCM)")
     add_crf_flags(add, "auto")
     add("--overwrite", False, "replace the masks in RUN/bpm and RUN/pseudo")
     return flags.parse(argv)
@@ -69,8 +66,9 @@ def pseudo_masks(image, present, maps, crf):
 @torch.no_grad()
 def classified(model, folder, ids, args, device, crf):
     """Run the patch classifier over the images; yields the arguments of pseudo_masks."""
-    for image_ids, originals, images in loader(Images(folder, ids, args.size), args, device,
-                                               batch_size=args.batch_size, collate_fn=columns):
+    images = Images(folder, ids, args.size)
+    for items in loader(images, args, device, batch_size=args.batch_size, collate_fn=list):
+        image_ids, originals, images = zip(*items)
         images = torch.stack(images).to(device, non_blocking=True) / 255
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             patch_probs = model(images)  # Eq. (1) to (7)
@@ -99,11 +97,13 @@ def main(args):
     if rank == 0 and checkpoint["epoch"] < trained["epochs"]:
         print(f"note: cls.pt is of epoch {checkpoint['epoch']} of {trained['epochs']}")
     ids = folder.ids(args.split)
+    for image_id in ids:
+        folder.image_labels(image_id)  # one that is missing is named now
 
     # --- what is there already ---
     crf = crf_settings(args, device)
     made_with = dict(cls=digest(args.run / "cls.pt"), data=str(args.data.resolve()),
-                     labels=folder.fingerprint(ids), size=args.size, max_norm=args.max_norm,
+                     labels=folder.fingerprint(), size=args.size, max_norm=args.max_norm,
                      image_labels_used=True, seed=trained["seed"])
     outputs = {args.run / "bpm": made_with | dict(crf=False)}
     if crf:

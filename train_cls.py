@@ -22,8 +22,7 @@ def parse_args(argv=None):
     flags = stage_flags(__doc__, trains=True)
     add = flags.add
     # --- data ---
-    add("--train-split", "trainaug", "split whose images and image labels are trained on",
-        coco="train", toy="train")
+    add("--train-split", "trainaug", "split to train on", coco="train", toy="train")
     add("--val-split", "val", "split whose image labels score each epoch; none: no score")
     add("--size", 384, "images are resized to SIZE x SIZE, aspect ratio not kept", toy=96, low=1)
     add("--augment", ["flip", "jitter"], "vflip and transpose are ViT-PCM's", toy=["flip"],
@@ -43,8 +42,7 @@ def parse_args(argv=None):
     add("--epochs", 50, "passes over the training images", toy=6, low=1)
     add("--batch-size", 16, "images of one step, over all ranks together", toy=8, low=1)
     add("--frozen-epochs", 2, "first epochs, in which the backbone does not learn", toy=0)
-    add("--train-blocks", 5, "last transformer blocks that learn after that; all: the embeddings, "
-        "too", toy=4)
+    add("--train-blocks", 5, "last blocks that learn after that; all: the embeddings, too", toy=4)
     add("--schedule", "two-stage", "two-stage: --lr for the first two epochs, --late-lr after; "
         "cosine: a warm-up of one epoch to --lr, then down to --late-lr", toy="cosine",
         choices=("two-stage", "cosine"))
@@ -99,17 +97,16 @@ def main(args):
     steps_per_epoch = len(ids) // args.batch_size
 
     # --- model ---
-    facts = dict(classes=folder.classes, ids=ids, labels=folder.fingerprint(ids))
+    facts = dict(classes=folder.classes, ids=ids, labels=train.labels.argwhere().tolist())
     path, checkpoint = open_checkpoint(args, "cls", **facts)
     torch.manual_seed(args.seed)
     config = ClassifierConfig(len(folder.classes), args.backbone, args.class_tokens, args.context,
                               args.dropout)
-    model = CPFCTE(config, args.pretrained and not checkpoint,
-                   None if checkpoint else args.weights).to(device)
+    pretrained, weights = (False, None) if checkpoint else (args.pretrained, args.weights)
+    model = CPFCTE(config, pretrained, weights).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     first_epoch = checkpoint["epoch"] if checkpoint else 0
-    if checkpoint:
-        restore(path, checkpoint, model=model, optimizer=optimizer)
+    restore(path, checkpoint, model=model, optimizer=optimizer)
 
     # --- train ---
     for epoch in range(first_epoch, args.epochs):
@@ -142,12 +139,9 @@ def main(args):
         if rank == 0:
             val_map = validate(model, val, args, device) if val else None
             log(args.run, "train_cls", epoch=epoch + 1, of=args.epochs, loss=loss,
-                lr=optimizer.param_groups[0]["lr"], val_map=val_map,
-                images_s=speed)
+                lr=optimizer.param_groups[0]["lr"], val_map=val_map, images_s=speed)
             save_checkpoint(path, "cls", model, args, **facts, epoch=epoch + 1,
                             optimizer=optimizer.state_dict())
-    if first_epoch == args.epochs:
-        print(f"train_cls  {path} is complete: {args.epochs} epochs")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,7 @@ def parse_args(argv=None):
     flags = stage_flags(__doc__, trains=True)
     add = flags.add
     # --- data ---
-    add("--train-split", "trainaug", "split whose images and pseudo masks are trained on",
-        coco="train", toy="train")
+    add("--train-split", "trainaug", "split to train on", coco="train", toy="train")
     add("--val-split", "val", "split that scores the network at every save; none: no score")
     add("--val-images", 100, "that score is over the first so many images")
     add("--masks", None, "folder of the masks to learn (default: RUN/pseudo)", type=Path)
@@ -38,8 +37,7 @@ def parse_args(argv=None):
         nargs=2, low=0.01, high=100)
     add("--crop", 321, "side of the random crop in pixels", toy=96, low=1)
     # --- model ---
-    add("--backbone", "resnet101.tv_in1k", "a CNN of timm with output stride 8 (or resnet_toy)",
-        toy="resnet_toy")
+    add("--backbone", "resnet101.tv_in1k", "a CNN of timm with stride 8", toy="resnet_toy")
     add("--scales", [1.0, 0.75, 0.5], "input scales that the loss and the maximum are over; the "
         "first is the reference", toy=[1.0, 0.75], nargs="+", low=0.01, high=100)
     add("--freeze-bn", True, "keep the batch norms of the ImageNet weights", toy=False)
@@ -62,9 +60,7 @@ def parameter_groups(model, lr, aspp_lr):
     return [
         dict(params=[p for p in model.backbone.parameters() if p.requires_grad], base_lr=lr),
         dict(params=[conv.weight for conv in model.aspp], base_lr=aspp_lr * lr),
-        dict(params=[conv.bias for conv in model.aspp], base_lr=2 * aspp_lr * lr,
-             weight_decay=0.0),
-    ]
+        dict(params=[conv.bias for conv in model.aspp], base_lr=2 * aspp_lr * lr, weight_decay=0.0)]
 
 
 def poly(step, iterations):
@@ -113,26 +109,24 @@ def main(args):
     masks_dir = args.masks or args.run / "pseudo"
 
     # --- model ---
-    facts = dict(classes=folder.classes, ids=ids, labels=folder.fingerprint(ids),
+    facts = dict(classes=folder.classes, ids=ids, labels=folder.fingerprint(),
                  masks=read_settings(masks_dir))
     path, checkpoint = open_checkpoint(args, "seg", **facts)
     torch.manual_seed(args.seed)
     config = SegmenterConfig(len(folder.classes), args.backbone, scales=tuple(args.scales))
-    model = DeepLabv2(config, args.pretrained and not checkpoint,
-                      None if checkpoint else args.weights).to(device)
+    pretrained, weights = (False, None) if checkpoint else (args.pretrained, args.weights)
+    model = DeepLabv2(config, pretrained, weights).to(device)
     model.freeze_bn = args.freeze_bn
     model.train()
     optimizer = torch.optim.SGD(parameter_groups(model, args.lr, args.aspp_lr), lr=args.lr,
                                 momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
     done = checkpoint["step"] if checkpoint else 0
-    if checkpoint:
-        restore(path, checkpoint, model=model, optimizer=optimizer)
+    restore(path, checkpoint, model=model, optimizer=optimizer)
     network = prepare(model, args, world)
 
     # --- train: in rounds, each of which ends with a save ---
     fill = tuple((255 * model.normalise.mean).round().int().flatten().tolist())
     train = MaskedImages(folder, ids, masks_dir, args.crop, args.rescale, args.seed, fill)
-    write_lines(args.run / "preset.txt", [args.preset])  # for evaluate.py --image
     for first in range(done, args.iterations, args.save_every):
         last = min(first + args.save_every, args.iterations)
         began, step, total = time.time(), first, torch.zeros((), device=device)
@@ -157,6 +151,7 @@ def main(args):
         loss = mean_loss(total, last - first, world, model, where, path)
         speed = (last - first) * args.batch_size / (time.time() - began)
         if rank == 0:
+            write_lines(args.run / "preset.txt", [args.preset])  # for evaluate.py --image
             val_miou = validate(model, folder, val_ids, args, device)
             model.train()
             log(args.run, "train_seg", iteration=last, of=args.iterations, loss=loss,
@@ -164,8 +159,6 @@ def main(args):
                 val_images=len(val_ids[:args.val_images]), crf=False, images_s=speed)
             save_checkpoint(path, "seg", model, args, **facts, step=last,
                             optimizer=optimizer.state_dict())
-    if done == args.iterations:
-        print(f"train_seg  {path} is complete: {done} iterations")
 
 
 if __name__ == "__main__":

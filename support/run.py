@@ -238,13 +238,14 @@ def open_checkpoint(args, kind, **facts):
         if name not in FREE and old not in (now, str(now)):  # paths are kept as text
             flag = name.replace("_", "-")
             raise DataError(f"{path} was made with --{flag} {old}, now it is {now}: {way_out}")
+    print(f"going on from {path}", flush=True)
     return path, checkpoint
 
 
 def restore(path, checkpoint, **parts):
-    """Give model and optimizer the state of a checkpoint."""
+    """Give model and optimizer the state of a checkpoint, if there is one."""
     try:
-        for name, part in parts.items():
+        for name, part in parts.items() if checkpoint else ():
             part.load_state_dict(checkpoint[name])
     except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise DataError(f"{path} does not fit ({str(error).splitlines()[0][:80]}): train anew")

@@ -1,4 +1,4 @@
-"""Shared by the tests: the path, a tiny toy data set, a way to run a script."""
+"""Shared by the tests: the path, tiny data sets, two ways to run a script."""
 import importlib.util
 import json
 import os
@@ -21,6 +21,11 @@ HAS_PYDENSECRF = importlib.util.find_spec("pydensecrf") is not None
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))),
                                     reason="torch.compile needs a C++ compiler")
 BACKENDS = ["torch"] + ["pydensecrf"] * HAS_PYDENSECRF  # of the CRF, those that are installed
+
+
+def in_process(stage, *arguments):
+    """Run a stage in this process: in_process(train_cls, "--data", ...)."""
+    stage.main(stage.parse_args([str(a) for a in arguments]))
 
 
 @pytest.fixture(scope="session")

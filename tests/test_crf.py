@@ -1,5 +1,4 @@
-"""support/crf.py against pydensecrf on photographs, and its lattice against what defines one."""
-import argparse
+"""The dense CRF against the direct O(N^2) mean field, pydensecrf and what defines a lattice."""
 import itertools
 
 import numpy as np
@@ -8,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-
-from conftest import HAS_PYDENSECRF
-from support.run import DataError
-from support import crf, run
+import make_pseudo
+from conftest import BACKENDS, HAS_PYDENSECRF
+from support import crf
 from support.crf import dense_crf
+from support.run import DataError
 
 FIELD = [(67, 3, 4), (50, 5, 10), (80, 13, 10), (121, 5, 4)]  # bilateral sxy, srgb, compat
 needs_pydensecrf = pytest.mark.skipif(not HAS_PYDENSECRF, reason="the oracle is not installed")
@@ -28,7 +27,7 @@ def photograph(name, size=None):
 def soft_regions(C, H, W, seed=0):
     """(C, H, W) float32: smooth random class probabilities, as an upsampled map has them."""
     coarse = 2 * torch.randn(C, 8, 8, generator=torch.Generator().manual_seed(seed))
-    return F.interpolate(coarse[None], (H, W), mode="bicubic")[0].softmax(0).numpy()
+    return F.interpolate(coarse[None], (H, W), mode="bicubic")[0].softmax(0)
 
 
 def agreement(image, probs, sxy, srgb, compat):
@@ -37,9 +36,88 @@ def agreement(image, probs, sxy, srgb, compat):
     ours = dense_crf(image, probs, backend="torch", **constants)
     theirs = dense_crf(image, probs, backend="pydensecrf", **constants)
     labels = theirs.argmax(0)
-    return ((ours.argmax(0) == labels).mean(), np.abs(ours - theirs).mean(),
-            (labels != probs.argmax(0)).mean())
+    return ((ours.argmax(0) == labels).float().mean(), (ours - theirs).abs().mean(),
+            (labels != probs.argmax(0)).float().mean())
 
+
+# --- the direct mean field ----------------------------------------------------------------------
+
+def exact_mean_field(image, probs, iterations, kernels):
+    """Krähenbühl & Koltun's mean field over every pair of pixels, float64.
+
+    kernels: (weight, spatial deviation, colour deviation or None). Each kernel matrix is normalised
+    symmetrically. A pixel's message to itself is in the sum, as in pydensecrf.
+    """
+    C, H, W = probs.shape
+    y, x = np.mgrid[:H, :W]
+    place = np.stack([x.ravel(), y.ravel()], 1).astype(float)
+    colour = image.reshape(-1, 3).astype(float)
+    message_matrix = 0
+    for weight, sxy, srgb in kernels:
+        feature = place / sxy if srgb is None else np.hstack([place / sxy, colour / srgb])
+        distance = ((feature[:, None] - feature[None]) ** 2).sum(-1)
+        K = np.exp(-distance / 2)
+        scale = 1 / np.sqrt(K.sum(1))
+        message_matrix = message_matrix + weight * scale[:, None] * K * scale[None]
+    unary = -np.log(np.maximum(probs.reshape(C, -1), crf.PROB_FLOOR)).astype(float)
+
+    def softmax(energy):
+        e = np.exp(-(energy - energy.min(0)))
+        return e / e.sum(0)
+
+    Q = softmax(unary)
+    for _ in range(iterations):
+        Q = softmax(unary - Q @ message_matrix)
+    return Q.reshape(C, H, W)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sxy, srgb, compat, share, difference", [
+    (67, 3, 4, 0.92, 0.055), (10, 13, 10, 0.96, 0.03), (30, 20, 10, 0.98, 0.01)])
+def test_crf_against_the_direct_mean_field(sxy, srgb, compat, share, difference, backend):
+    rng = np.random.default_rng(0)
+    image = np.zeros((24, 30, 3))  # ramps, so that every colour distance occurs
+    image[..., 0] = np.linspace(20, 235, 30)
+    image[..., 2] = np.linspace(200, 40, 24)[:, None]
+    image[6:18, 8:24, 1] = 60
+    image = (image + rng.integers(-3, 4, image.shape)).clip(0, 255).astype(np.uint8)
+    probs = rng.dirichlet((2, 2, 2), (24, 30)).transpose(2, 0, 1).astype(np.float32)
+    probs[1, 6:18, 8:24] += 0.5
+    probs /= probs.sum(0)
+    result = dense_crf(image, torch.from_numpy(probs), bilateral_sxy=sxy, bilateral_srgb=srgb,
+                       bilateral_compat=compat, backend=backend).numpy()
+    exact = exact_mean_field(image, probs, 10, [(3, 1, None), (compat, sxy, srgb)])
+    assert result.shape == probs.shape and result.dtype == np.float32
+    np.testing.assert_allclose(result.sum(0), 1, atol=1e-4)
+    assert (result.argmax(0) != probs.argmax(0)).mean() > 0.1  # there was something to refine
+    # the permutohedral lattice approximates the Gaussians, the worse the narrower they are; a
+    # deviation that is wrong by half misses each of these bounds
+    assert (result.argmax(0) == exact.argmax(0)).mean() > share
+    assert np.abs(result - exact).mean() < difference
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_crf_with_one_class_and_without_iterations(backend):
+    image = torch.zeros(4, 5, 3, dtype=torch.uint8)
+    assert dense_crf(image, torch.ones(1, 4, 5), backend=backend).min() == 1
+    probs = torch.rand(2, 4, 5).softmax(0)
+    same = dense_crf(image, probs, iterations=0, backend=backend)
+    torch.testing.assert_close(same, probs, atol=1e-4, rtol=0)
+    assert torch.equal(same, dense_crf(image.numpy(), probs, iterations=0, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_probability_floor_lets_a_class_of_probability_zero_win(backend):
+    probs = torch.zeros(2, 8, 9)
+    probs[0] = 1
+    probs[:, 4, 4] = torch.tensor([0.0, 1.0])  # one pixel against all others, all of one colour
+    image = np.zeros((8, 9, 3), np.uint8)
+    assert dense_crf(image, probs, backend=backend).argmax(0).sum() == 1
+    refined = dense_crf(image, probs, bilateral_compat=30, backend=backend)
+    assert refined.isfinite().all() and not refined.argmax(0).any()
+
+
+# --- pydensecrf ---------------------------------------------------------------------------------
 
 @needs_pydensecrf
 @pytest.mark.parametrize("name, labels, constants", [
@@ -49,7 +127,7 @@ def agreement(image, probs, sxy, srgb, compat):
 def test_labels_of_pydensecrf_on_photographs(name, labels, constants):
     image = photograph(name, (500, 375))
     same, difference, changed = agreement(image, soft_regions(labels, 375, 500), *constants)
-    assert same >= 0.9999 and difference < 1e-4, (same, difference)
+    assert same >= 0.9999 and difference < 1e-4
     assert changed > 0.005  # there was something to agree on
 
 
@@ -65,12 +143,14 @@ def test_labels_of_pydensecrf_on_noise_and_odd_sizes(labels, height, width, cons
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("constants", FIELD)
 def test_labels_on_a_gpu_are_those_on_a_cpu(constants):
-    image, probs = photograph("coffee", (500, 375)), torch.from_numpy(soft_regions(4, 375, 500))
+    image, probs = photograph("coffee", (500, 375)), soft_regions(4, 375, 500)
     names = ("bilateral_sxy", "bilateral_srgb", "bilateral_compat")
     here, there = (dense_crf(image, probs.to(device), backend="torch",
                              **dict(zip(names, constants))).cpu() for device in ("cpu", "cuda"))
     assert (here.argmax(0) == there.argmax(0)).float().mean() >= 0.9999
 
+
+# --- the lattice --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("d", [2, 5])
 def test_simplices_enclose_their_points(d):
@@ -122,11 +202,9 @@ def test_a_lattice_too_fine_for_its_keys_is_refused():
     image = np.array(Image.linear_gradient("L").convert("RGB").resize((64, 64)))
     with pytest.raises(DataError, match="--crf-srgb is too small"):
         dense_crf(image, soft_regions(2, 64, 64), backend="torch", bilateral_srgb=0.001)
-    for text in ("0", "-3", "1e-6", "nan", "inf", "x"):
-        with pytest.raises(argparse.ArgumentTypeError, match="no number from 0.001 up"):
-            run.deviation(text)
-    assert run.deviation("67") == 67
 
+
+# --- which backend -------------------------------------------------------------------------------
 
 def test_without_pydensecrf_auto_is_torch_and_asking_for_it_names_the_way_out(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
@@ -135,9 +213,17 @@ def test_without_pydensecrf_auto_is_torch_and_asking_for_it_names_the_way_out(mo
     monkeypatch.setattr(crf, "densecrf", None)
     assert crf.crf_backend("auto", cpu) == "torch"
     image, probs = np.zeros((9, 8, 3), np.uint8), soft_regions(3, 9, 8)
-    assert np.array_equal(dense_crf(image, probs), dense_crf(image, probs, backend="torch"))
+    assert torch.equal(dense_crf(image, probs), dense_crf(image, probs, backend="torch"))
     with pytest.raises(DataError, match="--crf torch gives the same labels"):
         dense_crf(image, probs, backend="pydensecrf")
+
+
+def test_flags_become_the_keyword_arguments_of_the_crf(tmp_path):
+    cpu, where = torch.device("cpu"), ["--data", "x", "--run", str(tmp_path), "--preset", "toy"]
+    args = make_pseudo.parse_args([*where, "--crf", "torch", "--crf-sxy", "5"])
+    assert crf.crf_settings(args, cpu) == dict(backend="torch", iterations=10, bilateral_sxy=5.0,
+                                               bilateral_srgb=13.0, bilateral_compat=4.0)
+    assert crf.crf_settings(make_pseudo.parse_args([*where, "--crf", "none"]), cpu) is None
 
 
 def test_the_scripts_start_where_pydensecrf_is_missing(script, tmp_path):

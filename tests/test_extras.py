@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shlex
 
 import numpy as np
 import pytest
@@ -9,13 +10,16 @@ import torch
 from PIL import Image
 
 import ablate
+import bench
 import data
 import evaluate
 import figures
+import kill_test
 import make_pseudo
 import patch_grid
 import train_cls
 import train_seg
+from conftest import in_process
 from support import run
 from support.run import DataError
 
@@ -30,9 +34,8 @@ def calls(monkeypatch):
 
     def call(args, run, script, *flags):
         made.append((script, run.name))
-        module = MODULES[script]
-        module.main(module.parse_args([str(word) for word in (
-            "--data", args.data, "--run", run, "--workers", "0", *flags)]))
+        in_process(MODULES[script], "--data", args.data, "--run", run, "--workers", "0", *flags,
+                   *shlex.split(args.flags))
 
     monkeypatch.setattr(ablate, "call", call)
     return made
@@ -52,13 +55,16 @@ def test_table_by_hand():
     scores = [[{"BPM": 10.0, "CRF": 20.0}, {"BPM": 14.0, "CRF": 20.0}, {"BPM": 12.0, "CRF": 20.0}],
               [{"BPM": 15.0, "CRF": 21.0}, {"BPM": 17.0, "CRF": 23.0}, {"BPM": 19.0, "CRF": 22.0}]]
     lines = ablate.table(rows, scores)
-    assert lines[2] == "| first | 65.2 | 3 | 12.0 ± 2.0 | 20.0 ± 0.0 |  |"
+    assert [cell.strip() for cell in lines[0].split("|")[4:-1]] == [
+        "BPM (sd)", "CRF (sd)", "BPM gain", "95 % interval"]
+    assert lines[2] == "| first | 65.2 | 3 | 12.0 (2.0) | 20.0 (0.0) |  |  |"
     # differences 5, 3, 7: mean 5, deviation 2, Student's t of 2 degrees of freedom 4.303
-    interval = 4.303 * 2 / math.sqrt(3)
-    assert lines[3] == f"| second | - | 3 | 17.0 ± 2.0 | 22.0 ± 1.0 | +5.0 ± {interval:.1f} |"
-    assert {line.count("|") for line in lines} == {7}
+    half = 4.303 * 2 / math.sqrt(3)
+    interval = f"{5 - half:+.1f} to {5 + half:+.1f}"
+    assert lines[3] == f"| second | - | 3 | 17.0 (2.0) | 22.0 (1.0) | +5.0 | {interval} |"
+    assert {line.count("|") for line in lines} == {8}
     one = ablate.table(rows, [scores[0][:1], scores[1][:1]])
-    assert one[3] == "| second | - | 1 | 15.0 | 21.0 | +5.0 |"
+    assert one[3] == "| second | - | 1 | 15.0 | 21.0 | +5.0 |  |"
 
 
 def test_tables_4_and_5_are_the_papers():
@@ -90,7 +96,7 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(toy, tmp_path, calls, ca
     assert not calls and "| without | - | 1 |" in capsys.readouterr().out
     study(toy, tmp_path, "max-norm", "--seeds", "0", "1")
     assert {run for _, run in calls} == {"s1", "no-max-norm"}
-    assert " ± " in (home / "max-norm-val.md").read_text()
+    assert "| without | - | 2 |" in (home / "max-norm-val.md").read_text()
     with pytest.raises(DataError, match="other data or flags: choose another --out"):
         ablate.main(ablate.parse_args(["max-norm", "--data", str(toy), "--out", str(tmp_path)]))
 
@@ -104,24 +110,28 @@ def test_full_trains_and_scores_deeplab(toy, tmp_path, calls):
     assert results["split"] == "val" and scores["DeepLabv2"] == 100 * results["miou"]
 
 
-def test_a_failing_run_is_named(tmp_path, script):
-    code, output = script("extras/ablate.py", "context", "--data", tmp_path / "none",
-                          "--out", tmp_path / "runs", check=False)
-    assert code == 1 and "Traceback" not in output and "train_cls.py ended with code 1" in output
-    assert "none not found" in output.strip().splitlines()[-1]
-
-
-def test_a_study_of_real_commands_from_another_folder(toy, tmp_path, monkeypatch):
+def test_a_study_from_another_folder_passes_its_flags_on(toy, tmp_path, calls, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(ablate.STUDIES, "one", [("max pooling", 68.1, "--pool max", "")])
     ablate.main(ablate.parse_args([
         "one", "--seeds", "3", "--data", os.path.relpath(toy), "--cls-flags=--epochs 1",
-        "--flags=--workers 0 --preset toy"]))
-    run = tmp_path / "runs/ablate/toy/pool_max/s3"
-    assert (run / "out.txt").read_text().count("--workers 0 --preset toy") == 4
-    args = torch.load(run / "cls.pt", weights_only=True)["args"]
-    assert (args["pool"], args["seed"], args["epochs"]) == ("max", 3, 1)
+        "--flags=--preset toy --no-amp"]))
+    assert [script for script, _ in calls] == ["train_cls.py", "make_pseudo.py",
+                                               "evaluate.py", "evaluate.py"]
+    checkpoint = torch.load(tmp_path / "runs/ablate/toy/pool_max/s3/cls.pt", weights_only=True)
+    args = checkpoint["args"]
+    assert (args["pool"], args["seed"], args["epochs"], args["amp"]) == ("max", 3, 1, False)
     assert "| max pooling | 68.1 | 1 |" in (tmp_path / "runs/ablate/toy/one-val.md").read_text()
+
+
+def test_a_command_keeps_its_output_and_a_failing_one_is_named(toy, tmp_path):
+    args = ablate.parse_args(["table4", "--data", str(toy), "--flags=--workers 0"])
+    truth = ("--masks", toy / "SegmentationClass", "--split")
+    ablate.call(args, tmp_path, "evaluate.py", *truth, "val")
+    output = (tmp_path / "out.txt").read_text()
+    assert "--split val --workers 0" in output and "mIoU 100.00 %" in output
+    with pytest.raises(DataError, match="evaluate.py ended with code 1 .*none.txt not found"):
+        ablate.call(args, tmp_path, "evaluate.py", *truth, "none")
 
 
 # --- figures -----------------------------------------------------------------------------------
@@ -186,19 +196,40 @@ def test_bound_by_hand(tmp_path, capsys):
 
 # --- extras/bench.py ---------------------------------------------------------------------------
 
-def test_a_quick_benchmark_fills_its_table(script):
-    _, output = script("extras/bench.py", "--quick")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines()
-            if line.startswith("|")][2:]
+def test_a_quick_benchmark_fills_its_table(capsys):
+    bench.main(bench.parse_args(["--quick"]))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+            for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
     assert all(len(cells) == 5 and float(cells[2]) > 0 for cells in rows)
     notes = {}
     for part, setting, _, unit, note in rows:
         notes.setdefault(part, []).append((setting, unit, note))
-    assert [note for _, _, note in notes["load and augment, usual"]] == ["1.00 x the usual speed"]
-    assert {"load and augment, ours", "load and augment, ours, --cache", "stage 3 step",
-            "CRF, torch", "stage 4, no CRF", "stage 4, score", "peak memory"} <= set(notes)
+    assert {"matrix product", "load, flip", "load, flip, jitter", "load, rescale, crop, flip",
+            "stage 3 step", "CRF, torch", "stage 4, no CRF", "stage 4, score",
+            "peak memory"} <= set(notes)
     for context in ("hv", "raster"):
         assert "of the ceiling" in notes[f"stage 1 step, {context}"][0][2]
         assert len(notes[f"inference, {context}"]) == 4
     for part in ("- backbone", "- tokens", "- CF-BiLSTM", "- head"):
         assert len(notes[part]) == 2 and all(n.endswith("of the step") for _, _, n in notes[part])
+
+
+# --- extras/kill_test.py -----------------------------------------------------------------------
+
+def test_every_difference_of_a_killed_run_is_seen(tmp_path):
+    def made(name, weight=0.0, colour=0, miou=0.5, leftover=False):
+        home = tmp_path / name
+        data.save_mask(home / "pred/a.png", np.full((2, 2), colour))
+        for file in ("cls.pt", "seg.pt"):
+            torch.save(dict(model=dict(w=torch.tensor(weight))), home / file)
+        results = dict(miou=miou, masks=str(home), checkpoint=str(home))
+        run.write_lines(home / "results.json", [json.dumps(results)])
+        if leftover:
+            (home / "pred/.b.png.tmp").touch()
+        return kill_test.products(home)
+
+    whole = made("whole")
+    assert whole == made("equal") and len(whole) == 4
+    for name, change in (("weight", dict(weight=0.1)), ("mask", dict(colour=1)),
+                         ("score", dict(miou=0.6)), ("leftover", dict(leftover=True))):
+        assert whole != made(name, **change)

@@ -1,0 +1,100 @@
+"""Eq. (3) to (6), CF-BiLSTM: context fusion against an LSTM's textbook equations."""
+import numpy as np
+import torch
+
+from model import CPFCTE, ClassifierConfig, ContextFusion
+
+B, C, h, w, D = 2, 5, 3, 4, 8
+
+
+def lstm_by_hand(lstm, line, suffix):
+    """(steps, D) -> (steps, H): the LSTM's textbook equations, one step at a time."""
+    W, U, b, c = (getattr(lstm, f"{name}_l0{suffix}").detach().numpy()
+                  for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    hidden = cell = np.zeros(U.shape[1])
+    outputs = []
+    for x in line if not suffix else line[::-1]:
+        i, f, g, o = np.split(W @ x + b + U @ hidden + c, 4)
+        i, f, o = (1 / (1 + np.exp(-gate)) for gate in (i, f, o))
+        cell = f * cell + i * np.tanh(g)
+        hidden = o * np.tanh(cell)
+        outputs.append(hidden)
+    return np.array(outputs if not suffix else outputs[::-1])
+
+
+def both_ways(lstm, line):
+    return np.concatenate([lstm_by_hand(lstm, line, ""), lstm_by_hand(lstm, line, "_reverse")], 1)
+
+
+def fusion(context):
+    torch.manual_seed(0)
+    return ContextFusion(D, context, dropout=0.2).eval()
+
+
+def projection(fuse):
+    """W_o and b_o of Eq. (6)."""
+    return fuse.proj.weight.detach().numpy(), fuse.proj.bias.detach().numpy()
+
+
+def test_hv_is_one_bilstm_per_row_and_one_per_column():
+    fuse, tokens = fusion("hv"), torch.randn(B, h, w, D)
+    hidden = np.zeros((B, h, w, D))
+    for b in range(B):
+        for row in range(h):
+            hidden[b, row, :, :D // 2] = both_ways(fuse.lstms[0], tokens[b, row].numpy())
+        for column in range(w):
+            hidden[b, :, column, D // 2:] = both_ways(fuse.lstms[1], tokens[b, :, column].numpy())
+    W_o, b_o = projection(fuse)
+    np.testing.assert_allclose(fuse(tokens).detach().numpy(), hidden @ W_o.T + b_o, atol=1e-5)
+
+
+def test_hv_output_depends_on_exactly_its_row_and_its_column():
+    fuse, tokens = fusion("hv"), torch.randn(1, h, w, D, requires_grad=True)
+    fuse(tokens)[0, 1, 2].sum().backward()
+    reached = tokens.grad[0].abs().sum(-1) > 0
+    expected = torch.zeros(h, w, dtype=torch.bool)
+    expected[1, :] = expected[:, 2] = True
+    assert torch.equal(reached, expected)
+
+
+def test_raster_is_one_bilstm_over_the_row_major_sequence():
+    fuse, tokens = fusion("raster"), torch.randn(B, h, w, D)
+    W_o, b_o = projection(fuse)
+    for b in range(B):
+        hidden = both_ways(fuse.lstms[0], tokens[b].reshape(h * w, D).numpy())
+        np.testing.assert_allclose(fuse(tokens)[b].detach().numpy().reshape(h * w, D),
+                                   hidden @ W_o.T + b_o, atol=1e-5)
+
+
+def test_appended_tokens_lead_every_line_and_are_dropped():
+    fuse, tokens, class_tokens = fusion("hv"), torch.randn(1, h, w, D), torch.randn(C, D)
+    W_o, b_o = projection(fuse)
+    row = both_ways(fuse.lstms[0], torch.cat([class_tokens, tokens[0, 1]]).numpy())[C:][2]
+    column = both_ways(fuse.lstms[1], torch.cat([class_tokens, tokens[0, :, 2]]).numpy())[C:][1]
+    result = fuse(tokens, class_tokens)[0, 1, 2].detach().numpy()
+    np.testing.assert_allclose(result, W_o @ np.concatenate([row, column]) + b_o, atol=1e-5)
+
+
+def test_the_lstms_run_in_float32_under_autocast():
+    fuse, tokens = fusion("hv"), torch.randn(1, h, w, D)
+    exact = fuse.scan(fuse.lstms[0], tokens, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = fuse.scan(fuse.lstms[0], tokens, None)
+        assert fuse(tokens).dtype == torch.bfloat16  # Eq. (6) is under autocast
+    assert torch.equal(hidden, exact)
+
+
+def test_the_head_starts_as_keras_does():
+    model = CPFCTE(ClassifierConfig(C, "vit_toy"))
+    H = model.context.lstms[0].hidden_size
+    for name, parameter in model.context.lstms.named_parameters():
+        if "weight_hh" in name:  # (4H, H), orthonormal columns
+            torch.testing.assert_close(parameter.T @ parameter, torch.eye(H), atol=1e-5, rtol=0)
+        elif "weight_ih" in name:  # Glorot's bound
+            bound = (6 / sum(parameter.shape)) ** 0.5
+            assert 0.9 * bound < parameter.abs().max() <= bound
+        else:  # the forget gate starts open, all else at zero
+            expected = torch.zeros(4 * H)
+            expected[H:2 * H] = "bias_ih" in name
+            assert torch.equal(parameter, expected)
+    assert not model.context.proj.bias.any()

@@ -1,0 +1,202 @@
+"""Eq. (7) to (9): the classifier, its pooling, its loss, and how stage 1 trains it."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import train_cls
+from conftest import in_process
+from data import Folder, LabelledImages
+from model import CPFCTE, ClassifierConfig, classification_loss, pool_patches
+from support.run import DataError
+
+B, C, h, w = 2, 5, 3, 4
+
+
+def tiny(**kwargs):
+    torch.manual_seed(0)
+    return CPFCTE(ClassifierConfig(C, "vit_toy", **kwargs)).eval()
+
+
+# --- Eq. (7) -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("class_tokens, context", [
+    ("none", "none"), ("soft", "none"), ("all", "raster"), ("append", "hv"), ("soft", "hv")])
+def test_forward_gives_a_distribution_over_classes_for_each_patch(class_tokens, context):
+    Y = tiny(class_tokens=class_tokens, context=context)(torch.rand(B, 3, 96, 64))
+    assert Y.shape == (B, 12, 8, C) and Y.dtype == torch.float32
+    torch.testing.assert_close(Y.sum(-1), torch.ones(B, 12, 8))
+
+
+def test_forward_is_the_softmax_of_w_c_times_the_fused_tokens():
+    model, images = tiny(), torch.rand(1, 3, 96, 96)
+    with torch.no_grad():
+        fused = model.fuse(model.enhance(model.patch_tokens(images)))[0, 3, 7].numpy()
+        result = model(images)[0, 3, 7].numpy()
+    score = np.exp([fused @ W_c for W_c in model.classifier.weight.detach().numpy()])
+    np.testing.assert_allclose(result, score / score.sum(), rtol=1e-4)
+
+
+def test_every_parameter_of_the_default_model_learns():
+    model = tiny()
+    nn.init.normal_(model.enhance_proj.weight, std=0.1)
+    loss = classification_loss(pool_patches(model(torch.rand(B, 3, 96, 96))), torch.eye(C)[:B])
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
+# --- Eq. (8) -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("K", [1, 3, h * w])
+def test_top_k_pooling_by_sorting(K):
+    Y = torch.rand(B, h, w, C)
+    expected = np.sort(Y.numpy().reshape(B, h * w, C), axis=1)[:, -K:].mean(1)
+    np.testing.assert_allclose(pool_patches(Y, "topk", K), expected, rtol=1e-5)
+
+
+def test_top_k_pooling_has_max_and_average_as_its_limits():
+    Y = torch.rand(B, h, w, C)
+    assert torch.equal(pool_patches(Y, "topk", 1), Y.amax((1, 2)))
+    assert torch.equal(pool_patches(Y, "max"), Y.amax((1, 2)))
+    for pool, K in (("topk", h * w), ("topk", 10 ** 6), ("avg", 1)):
+        torch.testing.assert_close(pool_patches(Y, pool, K), Y.mean((1, 2)))
+
+
+# --- Eq. (9) -----------------------------------------------------------------------------------
+
+def test_classification_loss_by_loops_and_finite_at_the_ends():
+    s, y = torch.tensor([[0.9, 0.2, 0.4]]), torch.tensor([[1.0, 0.0, 1.0]])
+    by_hand = -(math.log(0.9) + math.log(1 - 0.2) + math.log(0.4)) / 3
+    assert classification_loss(s, y).item() == pytest.approx(by_hand, rel=1e-5)
+    assert classification_loss(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])).item() == (
+        pytest.approx(-math.log(1e-6), rel=0.02))
+
+
+# --- what learns, and how fast -----------------------------------------------------------------
+
+def test_frozen_and_trained_parts_of_the_backbone():
+    model = tiny()
+
+    def learning():
+        return {name for name, p in model.backbone.named_parameters() if p.requires_grad}
+
+    model.train_last(0)
+    assert not learning()
+    assert model.classifier.weight.requires_grad and model.class_tokens.requires_grad
+    model.train_last(1)
+    assert learning() and all(n.startswith(("blocks.3.", "norm.")) for n in learning())
+    model.train_last(4)
+    assert learning() == {name for name, _ in model.backbone.named_parameters()}
+
+
+def test_nothing_is_kept_for_a_frozen_backbone():
+    model = tiny()
+
+    def kept(blocks):
+        model.train_last(blocks)
+        sizes = []
+
+        def pack(tensor):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            tokens = model.patch_tokens(torch.rand(2, 3, 96, 96))
+        return sum(sizes), tokens.requires_grad
+
+    activations = {blocks: kept(blocks) for blocks in (0, 1, 2, 4)}
+    assert activations[0] == (0, False)
+    assert 0 < activations[1][0] < activations[2][0] < activations[4][0]
+
+
+def test_frozen_epochs_leave_the_backbone_alone_and_later_ones_do_not(toy, tmp_path, monkeypatch):
+    made = []
+
+    class Kept(CPFCTE):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append({k: v.clone() for k, v in self.backbone.state_dict().items()})
+
+    monkeypatch.setattr(train_cls, "CPFCTE", Kept)
+    settings = ("--data", toy, "--batch-size", "12", "--epochs", "1", "--workers", "0",
+                "--train-blocks", "1", "--val-split", "none")
+    for frozen_epochs, learned in ((1, ()), (0, ("blocks.3.", "norm."))):
+        run = tmp_path / str(frozen_epochs)
+        in_process(train_cls, *settings, "--run", run, "--frozen-epochs", frozen_epochs)
+        after = torch.load(run / "cls.pt", weights_only=True)["model"]
+        changed = {name for name, before in made.pop().items()
+                   if not torch.equal(before, after[f"backbone.{name}"])}
+        assert bool(changed) == bool(learned) and all(n.startswith(learned) for n in changed)
+
+
+def test_two_stage_rate_drops_after_two_epochs(toy, tmp_path):
+    args = train_cls.parse_args(["--data", str(toy), "--run", str(tmp_path), "--preset", "voc"])
+    rates = [train_cls.learning_rate(args, step, 10) for step in range(50 * 10)]
+    assert rates == 20 * [1e-3] + 480 * [1e-4]
+    assert (args.frozen_epochs, args.train_blocks, args.epochs, args.batch_size) == (2, 5, 50, 16)
+
+
+def test_cosine_rate_warms_up_for_one_epoch_and_ends_at_nothing(toy, tmp_path):
+    args = train_cls.parse_args(["--data", str(toy), "--run", str(tmp_path), "--epochs", "4"])
+    rates = [train_cls.learning_rate(args, step, 100) for step in range(400)]
+    assert rates[0] == pytest.approx(args.lr / 100) and max(rates) < args.lr
+    assert rates[200] == pytest.approx(args.lr / 2) and rates[-1] < args.lr / 1000
+    assert rates[:90] == sorted(rates[:90]) and rates[100:] == sorted(rates[100:], reverse=True)
+
+
+@pytest.mark.parametrize("kind, options", [
+    (torch.optim.Adam, {}), (torch.optim.SGD, dict(momentum=0.9, weight_decay=5e-4))])
+def test_fused_optimisers_are_the_plain_ones(kind, options):
+    weights = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        layer = nn.Linear(7, 5)
+        optimizer = kind(layer.parameters(), lr=0.1, fused=fused, **options)
+        for _ in range(5):
+            optimizer.zero_grad()
+            layer(torch.randn(4, 7)).square().sum().backward()
+            optimizer.step()
+        weights.append(layer.weight.detach())
+    torch.testing.assert_close(*weights)
+
+
+def test_a_loss_that_is_not_finite_names_the_epoch_and_saves_nothing(toy, tmp_path, monkeypatch):
+    class Broken(CPFCTE):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.classifier.weight.data[0, 0] = math.nan
+
+    monkeypatch.setattr(train_cls, "CPFCTE", Broken)
+    with pytest.raises(DataError, match="loss nan .*in epoch 1: lower --lr"):
+        in_process(train_cls, "--data", toy, "--run", tmp_path, "--workers", "0")
+    assert not (tmp_path / "cls.pt").exists()
+
+
+# --- its score: mAP ----------------------------------------------------------------------------
+
+def test_map_by_hand():
+    scores = torch.tensor([[1, 0.9, 0.6, 0.1], [1, 0.8, 0.2, 0.2], [1, 0.3, 0.1, 0.4],
+                           [1, 0.2, 0.3, 0.3]])
+    labels = torch.tensor([[1.0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 1]])
+    # class 1 ranks its images 1 and 3, class 3 its image 2; class 2 never occurs
+    expected = ((1 / 1 + 2 / 3) / 2 + 1 / 2) / 2
+    assert train_cls.mean_average_precision(scores, labels) == pytest.approx(expected)
+    assert train_cls.mean_average_precision(scores[:, :1], labels[:, :1]) is None
+
+
+def test_validation_pools_the_scores_of_every_image_in_order(toy, tmp_path):
+    args = train_cls.parse_args(["--data", str(toy), "--run", str(tmp_path), "--workers", "0",
+                                 "--batch-size", "3", "--top-k", "4", "--no-amp"])
+    folder = Folder(toy)
+    dataset = LabelledImages(folder, folder.ids("val"), 96)
+    torch.manual_seed(0)
+    model = CPFCTE(ClassifierConfig(9, "vit_toy", dropout=0.5)).train()
+    found = train_cls.validate(model, dataset, args, torch.device("cpu"))
+    assert model.training  # and yet without dropout
+    with torch.no_grad():
+        scores = torch.stack([pool_patches(model.eval()(dataset[i, 0][0][None] / 255), "topk", 4)[0]
+                              for i in range(len(dataset))])
+    expected = train_cls.mean_average_precision(scores, dataset.labels)
+    assert found == pytest.approx(expected, rel=1e-3)

@@ -1,0 +1,159 @@
+"""The score against hand counts, loops and torchmetrics; the prediction that it is of."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchmetrics.functional.classification import multiclass_jaccard_index
+
+import data
+import evaluate
+from conftest import BACKENDS
+from data import Folder
+from model import upsample
+from support import run
+from support.crf import dense_crf
+from support.run import DataError
+
+
+# --- the score ---------------------------------------------------------------------------------
+
+def test_iou_by_hand_with_255_on_either_side():
+    truth = np.array([[0, 0, 1, 1, 255, 1, 1]], np.uint8)
+    guess = np.array([[0, 1, 1, 255, 1, 1, 2]], np.uint8)
+    confusion = evaluate.confusion_matrix(guess, truth, 3)
+    # background: TP 1, FN 1; class 1: TP 2, FP 1, and the predicted 255 is a miss like the 2
+    assert confusion.tolist() == [[1, 1, 0, 0], [0, 2, 1, 1], [0, 0, 0, 0]]
+    iou = evaluate.iou_per_class(confusion)
+    assert iou[:2].tolist() == [1 / 2, 2 / 5] and np.isnan(iou[2])  # class 2 does not occur
+    assert evaluate.miou(confusion) == pytest.approx((1 / 2 + 2 / 5) / 2)
+    assert evaluate.miou(np.zeros((3, 4), int)) is None
+
+
+def test_confusion_matrix_by_loops():
+    rng = np.random.default_rng(0)
+    truth, guess = rng.choice([0, 1, 2, 3, 255], (2, 20, 30)).astype(np.uint8)
+    expected = np.zeros((4, 5), int)
+    for t, g in zip(truth.ravel(), guess.ravel()):
+        if t != 255:
+            expected[t, g if g != 255 else 4] += 1
+    assert np.array_equal(evaluate.confusion_matrix(guess, truth, 4), expected)
+
+
+def test_iou_is_that_of_torchmetrics():
+    truth, guess = torch.randint(0, 5, (2, 40, 50), generator=torch.Generator().manual_seed(0))
+    truth[:4] = 255
+    ours = evaluate.iou_per_class(evaluate.confusion_matrix(guess.numpy(), truth.numpy(), 5))
+    theirs = multiclass_jaccard_index(guess, truth, 5, average="none", ignore_index=255)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+@pytest.fixture
+def shifted(toy, tmp_path):
+    """The folder, the ids of val, and a folder of their masks, shifted by 5 pixels."""
+    folder = Folder(toy)
+    ids = folder.ids("val")
+    for image_id in ids:
+        truth = data.read_mask(folder.mask_path(image_id), 9)
+        data.save_mask(tmp_path / f"{image_id}.png", np.roll(truth, 5, axis=1))
+    return folder, ids, tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_split_is_counted_over_all_its_pixels_at_once(shifted, workers):
+    folder, ids, directory = shifted
+    confusion, scored = evaluate.score_masks(folder, ids, directory, workers)
+    masks = np.stack([data.read_mask(directory / f"{i}.png", 9) for i in ids])
+    truth = np.stack([data.read_mask(folder.mask_path(i), 9) for i in ids])
+    assert scored == 8
+    assert np.array_equal(confusion, evaluate.confusion_matrix(masks, truth, 9))
+
+
+def test_images_without_ground_truth_are_not_scored(shifted, toy_copy):
+    _, ids, directory = shifted
+    folder = Folder(toy_copy)
+    for image_id in ids[1:]:
+        folder.mask_path(image_id).unlink()
+    confusion, scored = evaluate.score_masks(folder, ids, directory)
+    assert scored == 1 and np.array_equal(
+        confusion, evaluate.confusion_of(folder, ids[0], directory))
+    folder.mask_path(ids[0]).unlink()
+    with pytest.raises(DataError, match="no ground truth to score"):
+        evaluate.score(folder, "val", directory, {}, 0)
+
+
+def test_a_mask_of_another_size_is_named(shifted):
+    folder, ids, directory = shifted
+    Image.new("L", (96, 90)).save(directory / f"{ids[0]}.png")
+    with pytest.raises(DataError, match=f"{directory}/{ids[0]}.png is 96x90, its image 96x96"):
+        evaluate.confusion_of(folder, ids[0], directory)
+
+
+def test_part_recall_by_hand(tmp_path):
+    run.write_lines(tmp_path / "classes.txt", ["background", "a"])
+    run.write_lines(tmp_path / "Parts/names.txt", ["body", "head"])
+    truth, parts = np.array([[0, 1, 1, 1, 1, 255]]), np.array([[0, 1, 1, 1, 2, 0]])
+    for where, mask in (("SegmentationClass", truth), ("Parts", parts),
+                        ("pred", np.array([[1, 1, 1, 0, 0, 0]]))):
+        data.save_mask(tmp_path / where / "x.png", mask)
+    recall = evaluate.part_recall(Folder(tmp_path), ["x"], tmp_path / "pred")
+    assert recall == {"body": pytest.approx(2 / 3), "head": 0}
+
+
+# --- prediction --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("C", [1, 9, 21, 81])
+def test_prediction_is_the_argmax_of_the_upsampled_logits(C):
+    torch.manual_seed(0)
+    logits = torch.randn(C, 9, 13)
+    logits[C // 2] = logits[0]  # a tie: the first wins
+    mask = evaluate.predict(logits, np.zeros((64, 97, 3), np.uint8))
+    assert mask.dtype == np.uint8
+    assert np.array_equal(mask, upsample(logits, 64, 97).argmax(0).numpy())
+
+
+def test_logits_are_the_networks_maximum_in_evaluation_mode():
+    class Network(nn.Module):
+        def forward(self, images):
+            assert not self.training and images.shape == (1, 3, 4, 6) and images.max() <= 1
+            return [images[:, :2], images[:, 1:]]
+
+    image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    logits = evaluate.predict_logits(Network().train(), image, torch.device("cpu"), False)
+    np.testing.assert_allclose(logits, image[..., 1:].transpose(2, 0, 1) / 255, rtol=1e-6)
+    Network.forward = lambda self, images: [images / 0]
+    with pytest.raises(DataError, match="not finite"):
+        evaluate.predict_logits(Network(), image, torch.device("cpu"), False)
+
+
+def test_crf_over_the_classes_that_are_best_somewhere_is_that_over_all():
+    rng, torch_rng = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    image = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((160, 120))
+    image = np.array(image)
+    logits = torch.randn(21, 6, 8, generator=torch_rng) * 2
+    logits[6:] -= 9  # six classes compete, as they do after training, ...
+    logits[20] = logits[:6].mean(dim=0)  # ... and one is never best, but never far
+    kept = evaluate.predict(logits, image, {})
+    probs = upsample(logits, 120, 160).softmax(0)
+    every = dense_crf(image, probs).argmax(0).numpy()
+    best = probs.argmax(0).numpy()
+    assert 20 not in np.unique(best)
+    assert (kept == every).mean() > 0.98
+    assert (kept != best).mean() > 0.01  # the CRF does something here
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_81_classes_at_960_pixels_stay_below_two_gib(backend, script):
+    code = """
+import resource, sys, numpy as np, torch, evaluate
+torch.manual_seed(0)
+logits = torch.nn.functional.interpolate(torch.randn(1, 81, 8, 8) * 5, (120, 120))[0]
+image = np.full((960, 960, 3), 9, np.uint8)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+before = peak()
+plain = evaluate.predict(logits, image)
+refined = evaluate.predict(logits, image, {"iterations": 1, "backend": sys.argv[1]})
+print(len(np.unique(plain)), len(np.unique(refined)), peak() - before)"""
+    _, output = script("-c", code, backend)
+    plain, refined, gib = map(float, output.split())
+    assert plain > 30 and 1 < refined <= 21 and gib < 2
