@@ -10,8 +10,7 @@ Writes: ROOT/JPEGImages/ID.jpg                    the images, RGB
         ROOT/image_labels.txt                     "ID name name ...": all that training is told
         ROOT/preset.txt                           the preset that the stages start from
         ROOT/Parts/ID.png, Parts/names.txt        toy only: 1 body, 2 head
-Any folder like that is a data set; nothing downstream knows which one it is. The makers of the
-three are in support/.
+Any folder like that is a data set; nothing downstream knows which one it is.
 """
 import argparse
 import hashlib
@@ -45,10 +44,8 @@ class Folder:
             raise DataError(f"{root} not found: `python data.py toy --root {root}` makes one")
         where, self.classes = self.root / "classes.txt", self._lines("classes.txt")
         for name in self.classes:
-            if len(name.split()) != 1:
-                raise DataError(f"{where}: {name!r} has a space: use an underscore")
-            if self.classes.count(name) > 1:
-                raise DataError(f"{where} names {name!r} twice")
+            if len(name.split()) != 1 or self.classes.count(name) > 1:
+                raise DataError(f"{where}: {name!r} has a space, or is there twice")
         if self.classes[0] != "background":
             raise DataError(f"{where} begins with {self.classes[0]!r}: class 0 is 'background'")
         if len(self.classes) > IGNORE:

@@ -31,7 +31,6 @@ from support.run import (DataError, atomic, check_masks, claimed, digest, in_wor
 
 MAX_CLASSES = 21  # that the CRF is over, at most
 EXPORT = "results/VOC2012/Segmentation/comp6_test_cls"  # where VOC's server looks for ID.png
-ROWS = 6  # images in figure.png
 PICTURE = "drawn by evaluate.py"  # noted in the file
 
 
@@ -256,10 +255,9 @@ def draw_stages(args, folder, model, device, crf):
     ids = [path.stem for path in sorted(bpm.glob("*.png"))
            if folder.mask_path(path.stem).is_file() and (pseudo / path.name).is_file()]
     if not ids:
-        print(f"no figure.png: {folder.root} has no ground truth of images with pseudo masks")
-        return
+        return print(f"no figure.png: {folder.root} has no truth of images with pseudo masks")
     C, rows, seen = len(folder.classes), [], {0}
-    for image_id in ids[::max(1, len(ids) // ROWS)][:ROWS]:
+    for image_id in ids[::max(1, len(ids) // 6)][:6]:
         image = np.array(read_image(folder.image_path(image_id)))
         paths = folder.mask_path(image_id), bpm / f"{image_id}.png", pseudo / f"{image_id}.png"
         masks = [read_mask(path, C, image.shape[1::-1]) for path in paths]

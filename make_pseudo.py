@@ -91,7 +91,7 @@ def main(args):
     model, checkpoint = load_model(args.run / "cls.pt", "cls")
     model, trained = model.to(device), checkpoint["args"]
     if args.size is None:
-        patch = model.backbone.patch_embed.patch_size[0]
+        patch = model.backbone.patch_embed.feat_ratio()
         args.size = max(1, round(args.size_ratio * trained["size"] / patch)) * patch
     folder = Folder(args.data, checkpoint)
     if rank == 0 and checkpoint["epoch"] < trained["epochs"]:

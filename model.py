@@ -12,35 +12,13 @@ import huggingface_hub.constants as hub
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.resnet import BasicBlock, ResNet
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+import support.beetles  # noqa: F401  registers vit_toy and resnet_toy
 from support.run import DataError, load_checkpoint, restore
 
 
 # --- backbones ---------------------------------------------------------------------------------
-
-NO_WEIGHTS = dict(url="", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-default_cfgs = generate_default_cfgs({"vit_toy": NO_WEIGHTS, "resnet_toy": NO_WEIGHTS})  # for timm
-
-
-@register_model
-def vit_toy(pretrained=False, **kwargs):
-    """timm's ViT at 96x96: patch 8, width 128, depth 4; trained from scratch."""
-    size = dict(img_size=96, patch_size=8, embed_dim=128, depth=4, num_heads=2, mlp_ratio=2)
-    return build_model_with_cfg(VisionTransformer, "vit_toy", pretrained, **size | kwargs)
-
-
-@register_model
-def resnet_toy(pretrained=False, **kwargs):
-    """timm's ResNet with one basic block a stage and few channels, trained from scratch."""
-    size = dict(block=BasicBlock, layers=(1, 1, 1, 1), channels=(32, 64, 64, 96),
-                stem_type="deep", stem_width=16, zero_init_last=False)
-    return build_model_with_cfg(ResNet, "resnet_toy", pretrained, **size | kwargs)
-
-
 def ask_hub(name):
     """Say that the hub is asked for weights; where it cannot be reached, leave its cache alone."""
     print(f"weights of {name}: from timm's hub, or its cache on this machine", flush=True)
@@ -85,6 +63,18 @@ class Normalise(nn.Module):
 
     def forward(self, images):
         return (images - self.mean) / self.std
+
+
+class Network(nn.Module):
+    """A module whose batch norms keep their statistics where they do not learn."""
+
+    def train(self, mode=True):
+        """As nn.Module's."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+                module.eval()
+        return self
 
 
 # --- CPF-CTE -----------------------------------------------------------------------------------
@@ -154,7 +144,7 @@ def initialise(module):
             nn.init.ones_(parameter[module.hidden_size:2 * module.hidden_size])
 
 
-class CPFCTE(nn.Module):
+class CPFCTE(Network):
     """Context Patch Fusion with Class Token Enhancement: images -> classes of their patches."""
 
     def __init__(self, config, pretrained=False, weights=None):
@@ -191,7 +181,7 @@ class CPFCTE(nn.Module):
 
     def patch_tokens(self, images):
         """Eq. (1): P = ViT(x), the normed patch tokens (B, h, w, D); its own [CLS] is dropped."""
-        size, patch = tuple(images.shape[-2:]), self.backbone.patch_embed.patch_size
+        size, patch = tuple(images.shape[-2:]), self.backbone.patch_embed.feat_ratio(False)
         h, w = size[0] // patch[0], size[1] // patch[1]
         if (h * patch[0], w * patch[1]) != size:
             raise DataError(f"--size {size[0]} is no multiple of the {patch[0]} pixels of a patch "
@@ -260,12 +250,12 @@ class SegmenterConfig:
     scales: tuple = (1.0, 0.75, 0.5)   # of the input; the first is the reference
 
 
-class DeepLabv2(nn.Module):
+class DeepLabv2(Network):
     """DeepLabv2: a dilated CNN, ASPP with summed branches, the maximum over input scales."""
 
     def __init__(self, config, pretrained=False, weights=None):
         super().__init__()
-        self.config, self.freeze_bn = config, False
+        self.config = config
         self.backbone = create_backbone(
             config.backbone, "CNN of timm that keeps output stride 8", pretrained, weights,
             features_only=True, output_stride=8, out_indices=(-1,))
@@ -295,13 +285,11 @@ class DeepLabv2(nn.Module):
         features = self.backbone(self.normalise(images))[-1]
         return sum(conv(features) for conv in self.aspp).float()
 
-    def train(self, mode=True):
-        """As nn.Module's; with freeze_bn every batch norm keeps its ImageNet statistics."""
-        super().train(mode)
-        for module in self.modules() if self.freeze_bn else ():
+    def freeze_batch_norm(self):
+        """Keep the ImageNet statistics and scales of every batch norm."""
+        for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval().requires_grad_(False)
-        return self
 
 
 def load_model(path, kind):

@@ -21,13 +21,11 @@ def parse_args(argv=None):
     """The flags of stage 1."""
     flags = stage_flags(__doc__, trains=True)
     add = flags.add
-    # --- data ---
     add("--train-split", "trainaug", "split to train on", coco="train", toy="train")
     add("--val-split", "val", "split whose image labels score each epoch; none: no score")
     add("--size", 384, "images are resized to SIZE x SIZE, aspect ratio not kept", toy=96, low=1)
     add("--augment", ["flip", "jitter"], "vflip and transpose are ViT-PCM's", toy=["flip"],
         nargs="*", choices=AUGMENT)
-    # --- model ---
     add("--backbone", "vit_base_patch16_384.augreg_in21k_ft_in1k",
         "any plain ViT of timm (or vit_toy); its patch tokens are P in Eq. (1)", toy="vit_toy")
     add("--class-tokens", "soft", "t(i) in Eq. (2). soft: each patch's own mixture of the tokens; "
@@ -37,8 +35,8 @@ def parse_args(argv=None):
         "row-major sequence; none: Table 4", choices=("hv", "raster", "none"))
     add("--dropout", 0.2, "before the BiLSTM and before the classifier", toy=0.0, high=0.99)
     add("--pool", "topk", "Eq. (8), Table 5", choices=("topk", "max", "avg"))
-    add("--top-k", 6, "K in Eq. (8): 1 is max pooling, all patches is average pooling", low=1)
-    # --- training ---
+    add("--top-k", 6, "K in Eq. (8): 1 is max pooling, all patches is average pooling", toy=12,
+        low=1)
     add("--epochs", 50, "passes over the training images", toy=6, low=1)
     add("--batch-size", 16, "images of one step, over all ranks together", toy=8, low=1)
     add("--frozen-epochs", 2, "first epochs, in which the backbone does not learn", toy=0)
@@ -46,7 +44,7 @@ def parse_args(argv=None):
     add("--schedule", "two-stage", "two-stage: --lr for the first two epochs, --late-lr after; "
         "cosine: a warm-up of one epoch to --lr, then down to --late-lr", toy="cosine",
         choices=("two-stage", "cosine"))
-    add("--lr", 1e-3, "Adam's learning rate at first", toy=7e-4, low=1e-9, high=10)
+    add("--lr", 1e-3, "Adam's learning rate at first", toy=1e-3, low=1e-9, high=10)
     add("--late-lr", 1e-4, "Adam's learning rate later", toy=0.0, high=10)
     return flags.parse(argv)
 

@@ -28,7 +28,6 @@ def parse_args(argv=None):
     """The flags of stage 3."""
     flags = stage_flags(__doc__, trains=True)
     add = flags.add
-    # --- data ---
     add("--train-split", "trainaug", "split to train on", coco="train", toy="train")
     add("--val-split", "val", "split that scores the network at every save; none: no score")
     add("--val-images", 100, "that score is over the first so many images")
@@ -36,17 +35,17 @@ def parse_args(argv=None):
     add("--rescale", [0.5, 1.5], "range of the random rescaling in training", toy=[0.75, 1.25],
         nargs=2, low=0.01, high=100)
     add("--crop", 321, "side of the random crop in pixels", toy=96, low=1)
-    # --- model ---
     add("--backbone", "resnet101.tv_in1k", "a CNN of timm with stride 8", toy="resnet_toy")
     add("--scales", [1.0, 0.75, 0.5], "input scales that the loss and the maximum are over; the "
-        "first is the reference", toy=[1.0, 0.75], nargs="+", low=0.01, high=100)
+        "first is the reference", toy=[1.0], nargs="+", low=0.01, high=100)
+    add("--rates", [6, 12, 18, 24], "dilations of ASPP", toy=[1, 2, 3, 4], nargs="+", low=1)
     add("--freeze-bn", True, "keep the batch norms of the ImageNet weights", toy=False)
-    # --- training ---
     add("--batch-size", 10, "images of one iteration, over all ranks together", low=1)
-    add("--iterations", 20000, "optimiser steps; the poly decay ends there", coco=100000, toy=300,
+    add("--iterations", 20000, "optimiser steps; the poly decay ends there", coco=100000, toy=1500,
         low=1)
-    add("--save-every", 1000, "iterations between two checkpoints", coco=5000, toy=100, low=1)
-    add("--lr", 2.5e-4, "of the backbone, before the poly decay", toy=0.02, low=1e-9, high=10)
+    add("--save-every", 1000, "iterations between two checkpoints", coco=5000, toy=500, low=1)
+    add("--lr", 2.5e-4, "of the backbone, before the poly decay", toy=0.05, low=1e-9, high=10)
+    add("--warm-up", 0, "first iterations, over which the rates rise linearly", toy=50)
     add("--aspp-lr", 10.0, "of ASPP's weights, times --lr; its biases get twice that", toy=1.0,
         high=1000)
     args = flags.parse(argv)
@@ -63,9 +62,9 @@ def parameter_groups(model, lr, aspp_lr):
         dict(params=[conv.bias for conv in model.aspp], base_lr=2 * aspp_lr * lr, weight_decay=0.0)]
 
 
-def poly(step, iterations):
-    """The factor that the poly schedule puts on every rate at this step, from 1 to 0."""
-    return (1 - step / iterations) ** POLY_POWER
+def poly(step, iterations, warm_up=0):
+    """The factor on every rate at this step: a linear warm-up, and the poly decay from 1 to 0."""
+    return min(1, (step + 1) / max(1, warm_up)) * (1 - step / iterations) ** POLY_POWER
 
 
 def multi_scale_loss(outputs, masks, world=1):
@@ -113,11 +112,12 @@ def main(args):
                  masks=read_settings(masks_dir))
     path, checkpoint = open_checkpoint(args, "seg", **facts)
     torch.manual_seed(args.seed)
-    config = SegmenterConfig(len(folder.classes), args.backbone, scales=tuple(args.scales))
+    config = SegmenterConfig(len(folder.classes), args.backbone, tuple(args.rates),
+                             tuple(args.scales))
     pretrained, weights = (False, None) if checkpoint else (args.pretrained, args.weights)
     model = DeepLabv2(config, pretrained, weights).to(device)
-    model.freeze_bn = args.freeze_bn
-    model.train()
+    if args.freeze_bn:
+        model.freeze_batch_norm()
     optimizer = torch.optim.SGD(parameter_groups(model, args.lr, args.aspp_lr), lr=args.lr,
                                 momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
     done = checkpoint["step"] if checkpoint else 0
@@ -134,7 +134,7 @@ def main(args):
         for images, masks in progress(loader(train, args, device, batch_sampler=sampler),
                                       f"to iteration {last}", last - first, rank > 0):
             for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * poly(step, args.iterations)
+                group["lr"] = group["base_lr"] * poly(step, args.iterations, args.warm_up)
             images = images.to(device, non_blocking=True) / 255
             masks = masks.to(device, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
@@ -147,8 +147,7 @@ def main(args):
             step += 1
 
         # --- score, log, save ---
-        where = f"between iterations {first} and {last}"
-        loss = mean_loss(total, last - first, world, model, where, path)
+        loss = mean_loss(total, last - first, world, model, f"before iteration {last}", path)
         speed = (last - first) * args.batch_size / (time.time() - began)
         if rank == 0:
             write_lines(args.run / "preset.txt", [args.preset])  # for evaluate.py --image

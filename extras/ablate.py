@@ -25,9 +25,10 @@ STUDIES = {
                ("+ class tokens", 67.1, "--context none", ""),
                ("+ context", 67.8, "--class-tokens none", ""), ("both", 69.5, "", "")],
     "table5": [("average pooling", 67.7, "--pool avg", ""), ("max pooling", 68.1, "--pool max", ""),
-               ("top-K, K = 6", 69.5, "", "")],
-    "top-k": [(f"K = {k}", "-", {1: "--pool max", 6: "", "N": "--pool avg"}.get(
-        k, f"--top-k {k}"), "") for k in (1, 2, 4, 6, 9, 16, 36, "N")],
+               ("top-K pooling", 69.5, "", "")],
+    "top-k": [(f"K = {k}", "-", {1: "--pool max", "N": "--pool avg"}.get(k, f"--top-k {k}"), "")
+              for k in (1, 2, 4, 6, 9, 12, 16, 24, 36, "N")],
+    "stem": [("convolutional", "-", "", ""), ("linear", "-", "--backbone vit_toy_linear", "")],
     "class-tokens": [(t, "-", f"--class-tokens {t}" * (t != "soft"), "")
                      for t in ("none", "soft", "all", "append")],
     "context": [(c, "-", f"--context {c}" * (c != "hv"), "") for c in ("none", "hv", "raster")],

@@ -121,8 +121,8 @@ def bench_classifier(args, context):
 def bench_segmenter(args, image):
     """Stage 3's step; stage 4 on one image without the CRF, its score against torchmetrics'."""
     net = model.DeepLabv2(model.SegmenterConfig(args.C, args.cnn)).to(args.device)
-    net.freeze_bn = True
-    network = run.prepare(net.train(), args, 1)
+    net.freeze_batch_norm()
+    network = run.prepare(net, args, 1)
     images = torch.rand(args.batches[1], 3, args.crop, args.crop, device=args.device)
     masks = torch.randint(0, args.C, (len(images), args.crop, args.crop), device=args.device)
     groups = train_seg.parameter_groups(net, 1e-4, 10)

@@ -28,9 +28,9 @@ def add_crf_flags(add, default):
         "rounding; auto, or no word: pydensecrf, if installed, on a CPU, else torch", nargs="?",
         const="auto", choices=("auto", "torch", "pydensecrf", "none"))
     add("--crf-iterations", 10, "mean-field iterations", high=1000)
-    add("--crf-sxy", 67.0, "bilateral kernel: deviation in pixels", toy=10.0, low=0.001)  # on val
-    add("--crf-srgb", 3.0, "bilateral kernel: deviation in RGB levels", toy=13.0, low=0.001)
-    add("--crf-compat", 4.0, "bilateral kernel: weight of its Potts term", high=1000)
+    add("--crf-sxy", 67.0, "bilateral kernel: deviation in pixels", toy=30.0, low=0.001)
+    add("--crf-srgb", 3.0, "bilateral kernel: deviation in RGB levels", toy=20.0, low=0.001)
+    add("--crf-compat", 4.0, "bilateral kernel: weight of its Potts term", toy=10.0, high=1000)
 
 
 def crf_backend(name, device):
@@ -87,12 +87,7 @@ def enclosing_simplex(features):
         elevated[0] += scaled
     corner = (elevated / (d + 1)).round() * (d + 1)
     offset = elevated - corner
-    rank = torch.zeros_like(offset, dtype=torch.int64)  # 0 for the largest offset
-    for i in range(d + 1):
-        for j in range(i + 1, d + 1):
-            smaller = offset[i] < offset[j]
-            rank[i] += smaller
-            rank[j] += ~smaller
+    rank = (-offset).argsort(dim=0, stable=True).argsort(dim=0)  # 0 for the largest offset
     rank += (corner.sum(0) / (d + 1)).round().long()  # rounded off the plane: step back, by rank
     wrapped = (rank < 0).long() - (rank > d).long()
     rank += (d + 1) * wrapped

@@ -222,7 +222,7 @@ def test_flags_become_the_keyword_arguments_of_the_crf(tmp_path):
     cpu, where = torch.device("cpu"), ["--data", "x", "--run", str(tmp_path), "--preset", "toy"]
     args = make_pseudo.parse_args([*where, "--crf", "torch", "--crf-sxy", "5"])
     assert crf.crf_settings(args, cpu) == dict(backend="torch", iterations=10, bilateral_sxy=5.0,
-                                               bilateral_srgb=13.0, bilateral_compat=4.0)
+                                               bilateral_srgb=20.0, bilateral_compat=10.0)
     assert crf.crf_settings(make_pseudo.parse_args([*where, "--crf", "none"]), cpu) is None
 
 

@@ -49,7 +49,8 @@ def test_what_is_wrong_with_a_folder_is_named(toy_copy):
 
 @pytest.mark.parametrize("names, words", [
     (["background", "traffic light"], "'traffic light' has a space"),
-    (["background", "cat", "cat"], "names 'cat' twice"), (["cat", "dog"], "begins with 'cat'"),
+    (["background", "cat", "cat"], "'cat' has a space, or is there twice"),
+    (["cat", "dog"], "begins with 'cat'"),
     (["background", *map(str, range(255))], "256 classes")])
 def test_what_is_wrong_with_classes_txt_is_named(tmp_path, names, words):
     (tmp_path / "classes.txt").write_text("\n".join(names))

@@ -69,7 +69,8 @@ def test_resnet101_keeps_stride_8_by_dilation():
 @pytest.mark.parametrize("freeze", [True, False])
 def test_frozen_batch_norm_keeps_statistics_and_scales(freeze):
     model = tiny()
-    model.freeze_bn = freeze
+    if freeze:
+        model.freeze_batch_norm()
     model.train()
     before = {k: v.clone() for k, v in model.state_dict().items() if "running" in k}
     model(torch.rand(2, 3, 64, 64))[0].sum().backward()
@@ -107,7 +108,7 @@ def test_a_checkpoint_of_another_version_is_named(tmp_path):
 
 def test_parameter_groups_and_poly_decay():
     model = tiny()
-    model.freeze_bn = True
+    model.freeze_batch_norm()
     groups = train_seg.parameter_groups(model.train(), 2.5e-4, 10)
     assert [group["base_lr"] for group in groups] == pytest.approx([2.5e-4, 2.5e-3, 5e-3])
     assert [g.get("weight_decay", 5e-4) for g in groups] == [5e-4, 5e-4, 0]

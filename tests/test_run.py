@@ -103,7 +103,7 @@ def test_help_shows_the_default_of_every_preset(flags, capsys):
 @pytest.mark.parametrize("stage, words", [
     (train_cls, "SIZE x SIZE, aspect ratio not kept (voc 384, coco 384, toy 96)"),
     (make_pseudo, "960 for 384 (voc 2.5, coco 2.5, toy 1.0)"),
-    (train_seg, "ends there (voc 20000, coco 100000, toy 300)"),
+    (train_seg, "ends there (voc 20000, coco 100000, toy 1500)"),
     (evaluate, "split to predict and score (voc val, coco val, toy test)")])
 def test_help_of_every_stage_shows_its_presets(stage, words, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -115,7 +115,7 @@ def test_help_of_every_stage_shows_its_presets(stage, words, capsys):
 
 @pytest.mark.parametrize("preset, values", [
     ("voc", ("trainaug", 384, 50, 16, 1e-3, 6)), ("coco", ("train", 384, 50, 16, 1e-3, 6)),
-    ("toy", ("train", 96, 6, 8, 7e-4, 6))])
+    ("toy", ("train", 96, 6, 8, 1e-3, 12))])
 def test_the_recipe_of_stage_1(tmp_path, preset, values):
     (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
     (tmp_path / "ImageSets/Segmentation/trainaug.txt").touch()
