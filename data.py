@@ -10,7 +10,7 @@ Writes: ROOT/JPEGImages/ID.jpg                    the images, RGB
         ROOT/image_labels.txt                     "ID name name ...": all that training is told
         ROOT/preset.txt                           the preset that the stages start from
         ROOT/Parts/ID.png, Parts/names.txt        toy only: 1 body, 2 head
-Any folder like that is a data set; nothing downstream knows which one it is.
+Any folder like that is a data set; only preset.txt and Parts/ tell the stages which one it is.
 """
 import argparse
 import hashlib
@@ -41,7 +41,7 @@ class Folder:
     def __init__(self, root, checkpoint=None):
         self.root = Path(root)
         if not self.root.is_dir():
-            raise DataError(f"{root} not found: `python data.py toy --root {root}` makes one")
+            raise DataError(f"{root} not found: make it with data.py (python data.py --help)")
         where, self.classes = self.root / "classes.txt", self._lines("classes.txt")
         for name in self.classes:
             if len(name.split()) != 1 or self.classes.count(name) > 1:
@@ -158,7 +158,7 @@ def read_mask(path, num_classes, size=None):
 
 @cache
 def voc_palette():
-    """(256, 3) uint8, VOC's colours: the bits of the class number dealt to R, G, B from the top."""
+    """(256, 3) uint8, VOC's: bits 0, 1, 2 of a number are the top bits of R, G, B, and so on."""
     palette = np.zeros((256, 3), np.uint8)
     for label in range(256):
         for bit in range(8):
@@ -199,7 +199,7 @@ class Images(Dataset):
 def seeded(seed, draw):
     """Torch's random numbers of this block are a function of seed and draw alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed * 1_000_003 + draw)
+        torch.default_generator.manual_seed(seed * 1_000_003 + draw)  # not CUDA's, too
         yield
 
 
@@ -229,7 +229,8 @@ class MaskedImages(Images):
             v2.RandomHorizontalFlip(), v2.PILToTensor()])
         for image_id in ids:
             if not (masks / f"{image_id}.png").is_file():
-                raise DataError(f"{masks}/{image_id}.png not found: run make_pseudo.py first")
+                raise DataError(f"{masks}/{image_id}.png not found: run make_pseudo.py first, on "
+                                "this split and with a CRF, or pass --masks")
 
     def __getitem__(self, item):
         index, draw = item

@@ -1,10 +1,10 @@
-"""Stage 4 of 4: predict with DeepLabv2 and score, score any folder of masks, or segment a photo.
+"""Stage 4 of 4: predict with DeepLabv2 and score; or score any masks; or segment a photo.
 
 Run:    python evaluate.py --data data/toy --run runs/toy [--crf]
         python evaluate.py --data data/toy --masks runs/toy/pseudo --split train
         python evaluate.py --run runs/toy --image photo.jpg --out photo.png
         python evaluate.py --data data/VOC2012 --run runs/voc --crf --split test --export
-Reads:  RUN/seg.pt, JPEGImages/, SegmentationClass/; Parts/ where there is one
+Reads:  RUN/seg.pt, JPEGImages/, SegmentationClass/; RUN/bpm, RUN/pseudo and Parts/, if any
 Writes: RUN/pred/ID.png, RUN/results.json, RUN/figure.png; with --masks results.json beside the
         masks that stage 2 or 4 wrote; with --image the palette mask OUT and OUT's name +
         _overlay.png; with --export RUN/results/, what VOC's test server takes, and no score
@@ -42,7 +42,7 @@ def parse_args(argv=None):
     add("--masks", None, "score this folder of ID.png instead of predicting", type=Path)
     add("--image", None, "segment this one photo instead", type=Path)
     add("--out", None, "where --image writes its mask", type=Path)
-    add("--export", False, f"write RUN/{EXPORT}/ID.png for VOC's server; no score")
+    add("--export", False, "write RUN/results/, what VOC's test server takes, and do not score")
     add_crf_flags(add, "none")
     args = flags.parse(argv, needed=())
     if args.image and (not args.run or not args.out or args.out.suffix != ".png"
@@ -162,7 +162,7 @@ def predict_logits(model, image, device, amp):
     with torch.autocast(device.type, torch.bfloat16, enabled=amp):
         logits = model(images)[-1][0]
     if not logits.isfinite().all():
-        raise DataError("seg.pt gives numbers that are not finite: train again with a lower --lr")
+        raise DataError("DeepLabv2 gives numbers that are not finite: train again, lower --lr")
     return logits
 
 
@@ -255,9 +255,9 @@ def draw_stages(args, folder, model, device, crf):
     ids = [path.stem for path in sorted(bpm.glob("*.png"))
            if folder.mask_path(path.stem).is_file() and (pseudo / path.name).is_file()]
     if not ids:
-        return print(f"no figure.png: {folder.root} has no truth of images with pseudo masks")
+        return print(f"no figure.png: no image has masks in {bpm}, {pseudo} and a ground truth")
     C, rows, seen = len(folder.classes), [], {0}
-    for image_id in ids[::max(1, len(ids) // 6)][:6]:
+    for image_id in (ids[k * len(ids) // 6] for k in range(6)) if len(ids) > 6 else ids:
         image = np.array(read_image(folder.image_path(image_id)))
         paths = folder.mask_path(image_id), bpm / f"{image_id}.png", pseudo / f"{image_id}.png"
         masks = [read_mask(path, C, image.shape[1::-1]) for path in paths]

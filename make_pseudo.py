@@ -2,7 +2,7 @@
 
 Run:    python make_pseudo.py --data data/toy --run runs/toy
         torchrun --nproc-per-node=2 -- make_pseudo.py --data data/VOC2012 --run runs/voc
-Reads:  RUN/cls.pt, JPEGImages/, image_labels.txt; a mask only to score at the very end
+Reads:  RUN/cls.pt, JPEGImages/, image_labels.txt, the split; a mask only to score at the end
 Writes: RUN/bpm/ID.png     baseline pseudo masks: argmax of the upsampled maps (Eq. 10)
         RUN/pseudo/ID.png  the same after the CRF: what stage 3 trains on
 A killed run goes on where it stopped: masks that are already written are skipped.
@@ -27,11 +27,12 @@ def parse_args(argv=None):
     add("--split", "trainaug", "split whose images get masks", coco="train", toy="train")
     add("--size", None, "the network sees SIZE x SIZE (default: cls.pt's training size times "
         "--size-ratio)", type=number(int, 1, 10**5))
-    add("--size-ratio", 2.5, "Sec. 0.4.2: 960 for 384", toy=1.0, low=0.1, high=100)
+    add("--size-ratio", 2.5, "inference over training size; ViT-PCM: 960 for 384", toy=1.0, low=0.1,
+        high=100)
     add("--batch-size", 8, "images of one forward pass", low=1)
     add("--max-norm", True, "divide each class's map by its own maximum (ViT-PCM)")
     add_crf_flags(add, "auto")
-    add("--overwrite", False, "replace the masks in RUN/bpm and RUN/pseudo")
+    add("--overwrite", False, "replace the masks in RUN/bpm and, with a CRF, in RUN/pseudo")
     return flags.parse(argv)
 
 
@@ -128,7 +129,8 @@ def main(args):
 
     # --- score: the last two rows of Table 1 ---
     if rank == 0:
-        print(f"make_pseudo  {len(todo):,} of {len(mine):,} images were still to do, "
+        print(f"make_pseudo  {len(todo):,} of {len(mine):,} images" + " of rank 0" * (world > 1)
+              + " were still to do, "
               f"{time.time() - began:.0f} s, CRF: {crf['backend'] if crf else 'none'}, masks in "
               f"{' and '.join(map(str, outputs))}", flush=True)
         rows = ("BPM, CPF-CTE w/o CRF in Table 1", "CRF, CPF-CTE in Table 1")

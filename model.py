@@ -20,7 +20,7 @@ from support.run import DataError, load_checkpoint, restore
 
 # --- backbones ---------------------------------------------------------------------------------
 def ask_hub(name):
-    """Say that the hub is asked for weights; where it cannot be reached, leave its cache alone."""
+    """Say that the hub is asked for weights; where it cannot be reached, use its cache only."""
     print(f"weights of {name}: from timm's hub, or its cache on this machine", flush=True)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
@@ -82,7 +82,7 @@ class Network(nn.Module):
 class ClassifierConfig:
     """Everything that rebuilds a CPFCTE; saved in cls.pt."""
     num_classes: int              # C, background included
-    backbone: str                 # any ViT of timm
+    backbone: str                 # any plain ViT of timm
     class_tokens: str = "soft"    # soft | all | append | none: t(i), patch i's class token, Eq. (2)
     context: str = "hv"           # hv | raster | none: the lines that the BiLSTM runs along
     dropout: float = 0.2          # before the BiLSTM and before the classifier; ViT-PCM's value
@@ -271,7 +271,7 @@ class DeepLabv2(Network):
 
     def forward(self, images):
         """(B, 3, H, W) in [0, 1] -> the logits of each scale, then their maximum."""
-        one_pixel = 1.001 / min(images.shape[-2:])  # no scale makes less of an image
+        one_pixel = 1.001 / min(images.shape[-2:])  # no side gets shorter than that
         pyramid = [self.logits(images if scale == 1 else F.interpolate(
             images, scale_factor=max(scale, one_pixel), mode="bilinear", align_corners=False))
             for scale in self.config.scales]

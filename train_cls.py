@@ -40,7 +40,7 @@ def parse_args(argv=None):
     add("--epochs", 50, "passes over the training images", toy=6, low=1)
     add("--batch-size", 16, "images of one step, over all ranks together", toy=8, low=1)
     add("--frozen-epochs", 2, "first epochs, in which the backbone does not learn", toy=0)
-    add("--train-blocks", 5, "last blocks that learn after that; all: the embeddings, too", toy=4)
+    add("--train-blocks", 5, "last blocks that learn after that; as many as there are: all", toy=4)
     add("--schedule", "two-stage", "two-stage: --lr for the first two epochs, --late-lr after; "
         "cosine: a warm-up of one epoch to --lr, then down to --late-lr", toy="cosine",
         choices=("two-stage", "cosine"))

@@ -3,7 +3,7 @@
 Run:    python train_seg.py --data data/toy --run runs/toy
         torchrun --nproc-per-node=2 -- train_seg.py --data data/VOC2012 --run runs/voc
 Reads:  JPEGImages/ and RUN/pseudo/, the masks of stage 2; the ground truth only to score on val
-Writes: RUN/seg.pt every --save-every iterations, RUN/log.jsonl
+Writes: RUN/seg.pt every --save-every iterations, RUN/log.jsonl, RUN/preset.txt
 The recipe is that of the public PyTorch DeepLabv2 which the field uses; the weights to start from
 are ImageNet classification's: a COCO-pretrained start would have seen pixel masks.
 """
@@ -35,7 +35,7 @@ def parse_args(argv=None):
     add("--rescale", [0.5, 1.5], "range of the random rescaling in training", toy=[0.75, 1.25],
         nargs=2, low=0.01, high=100)
     add("--crop", 321, "side of the random crop in pixels", toy=96, low=1)
-    add("--backbone", "resnet101.tv_in1k", "a CNN of timm with stride 8", toy="resnet_toy")
+    add("--backbone", "resnet101.tv_in1k", "a CNN of timm that can keep stride 8", toy="resnet_toy")
     add("--scales", [1.0, 0.75, 0.5], "input scales that the loss and the maximum are over; the "
         "first is the reference", toy=[1.0], nargs="+", low=0.01, high=100)
     add("--rates", [6, 12, 18, 24], "dilations of ASPP", toy=[1, 2, 3, 4], nargs="+", low=1)
@@ -46,7 +46,7 @@ def parse_args(argv=None):
     add("--save-every", 1000, "iterations between two checkpoints", coco=5000, toy=500, low=1)
     add("--lr", 2.5e-4, "of the backbone, before the poly decay", toy=0.05, low=1e-9, high=10)
     add("--warm-up", 0, "first iterations, over which the rates rise linearly", toy=50)
-    add("--aspp-lr", 10.0, "of ASPP's weights, times --lr; its biases get twice that", toy=1.0,
+    add("--aspp-lr", 10.0, "ASPP's rate as a multiple of --lr; its biases get twice that", toy=1.0,
         high=1000)
     args = flags.parse(argv)
     if args.rescale[0] > args.rescale[1]:

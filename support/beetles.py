@@ -98,7 +98,8 @@ def toy_scene(split, index, cooccur=None):
 def make_toy(root, num, cooccur=None):
     """Write the beetles to root; num = images of (train, val, test). Fewer images are a prefix."""
     note, label_lines = root / "cooccur.txt", []
-    if root.is_dir() and (read_text(note).strip() if note.is_file() else "None") != str(cooccur):
+    made = read_text(note).strip() if note.is_file() else "None"
+    if (root / "JPEGImages").is_dir() and made != str(cooccur):
         raise DataError(f"{root} holds beetles of another --cooccur: choose another --root")
     write_lines(note, [cooccur])
     for split, (name, count) in enumerate(zip(("train", "val", "test"), num)):

@@ -132,7 +132,7 @@ def stage_flags(doc, trains=False):
         toy=False)
     add("--seed", 0, "of the weights, the order and the augmentation", high=2**31 - 1)
     add("--compile", False, "torch.compile the network: meant for GPUs and long runs")
-    add("--resume", False, "go on from RUN's checkpoint exactly as if never interrupted")
+    add("--resume", False, "go on from RUN's checkpoint, if any, as if never interrupted")
     add("--overwrite", False, "replace RUN's checkpoint if there is one")
     return flags
 
@@ -325,8 +325,9 @@ def prepare(model, args, world):
     network = DistributedDataParallel(model) if world > 1 else model
     if not args.compile:
         return network
-    names = ("gcc", "clang") if torch.cuda.is_available() else ("g++", "clang++")
-    if not any(map(shutil.which, [*names, os.environ.get("CXX", names[0])])):
+    words = "CC gcc clang" if torch.cuda.is_available() else "CXX g++ clang++"
+    variable, *names = words.split()
+    if not any(map(shutil.which, [*names, os.environ.get(variable, names[0])])):
         raise DataError(f"--compile needs {' or '.join(names)}: install one, or leave the flag out")
     return torch.compile(network, dynamic=False)
 
@@ -353,7 +354,7 @@ def as_it_is(result):
 def in_workers(function, jobs, workers):
     """Iterate over function(*job) in order; DataLoader's workers compute while jobs are made.
 
-    As a pool it draws few jobs ahead, reports a worker that is killed, and dies with its parent.
+    Unlike multiprocessing.Pool it draws few jobs ahead and reports a killed worker.
     """
     return iter(DataLoader(Calls(function), batch_size=None, sampler=jobs, num_workers=workers,
                            collate_fn=as_it_is, worker_init_fn=ignore_interrupts,
