@@ -244,8 +244,10 @@ FOLDER = [
      "cls --resume", "run/cls.pt was made with other ids: "),
     ("fewer images than a batch", lambda: text(TRAIN, FIRST), "cls --run new",
      "1 images cannot fill --batch-size 4: lower it"),
-    ("no such folder", lambda: None, "cls --data nowhere", "nowhere not found: make it with data.py"),
-    ("a file for a folder", lambda: None, "cls --data photo.png", "photo.png not found: make it with data.py"),
+    ("no such folder", lambda: None, "cls --data nowhere",
+     "nowhere not found: make it with data.py"),
+    ("a file for a folder", lambda: None, "cls --data photo.png",
+     "photo.png not found: make it with data.py"),
     ("no such split", lambda: None, "eval --split holdout",
      "Segmentation/holdout.txt not found: run data.py"),
 ]
