@@ -197,9 +197,10 @@ def predict_split(args, model, checkpoint, device, crf):
                  image_labels_used=False, seed=checkpoint["args"]["seed"])
     settings = about | dict(data=str(args.data.resolve()), seg=digest(args.run / "seg.pt"),
                             constants=crf and crf | dict(backend=None))  # who computes is free
-    ids, began, fresh = folder.ids(args.split), time.time(), read_settings(pred) != settings
-    if not read_settings(pred):
+    ids, began, old = folder.ids(args.split), time.time(), read_settings(pred)
+    if not old:
         check_masks(pred, settings, "delete them, or choose another --run")
+    fresh = old != settings  # else a killed run goes on where it stopped
     todo = [i for i in ids if fresh or not is_whole(pred / f"{i}.png")]
     results = in_workers(predict, segmented(model, folder, todo, args, device, crf),
                          0 if device.type == "cuda" else args.workers)
