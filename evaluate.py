@@ -13,25 +13,23 @@ import json
 import shutil
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from torch.nn.functional import max_pool2d
 
 from data import (IGNORE, Folder, Images, decode, loader, read_image, read_mask, save_mask,
                   voc_palette)
-from model import load_model, upsample
+from model import load_model, slide, upsample
 from support.crf import add_crf_flags, crf_settings, dense_crf
+from support.pictures import PICTURE, draw, draw_overlay
 from support.run import (DataError, atomic, check_masks, claimed, digest, in_workers,
                          join_processes, launch, open_run, progress, read_settings, read_text,
                          stage_flags, write_lines)
 
 MAX_CLASSES = 21  # that the CRF is over, at most
 EXPORT = "results/VOC2012/Segmentation/comp6_test_cls"  # where VOC's server looks for ID.png
-PICTURE = "drawn by evaluate.py"  # noted in the file
 
 
 def parse_args(argv=None):
@@ -155,15 +153,30 @@ def score(folder, split, directory, about, workers, path=None):
 
 # --- prediction --------------------------------------------------------------------------------
 @torch.no_grad()
-def predict_logits(model, image, device, amp):
-    """(H, W, 3) uint8 -> the multi-scale maximum of DeepLabv2's logits, (C, H/8, W/8) on device."""
+def predict_logits(model, image, device, amp, window=None, stride=None, bar=iter):
+    """DeepLabv2's log-probabilities (C, H/8, W/8), on device, of an image (H, W, 3) uint8."""
+    def probabilities(images):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits = model(images.to(device) / 255)[-1]
+        if not logits.isfinite().all():
+            raise DataError("DeepLabv2 gives numbers that are not finite: train again, lower --lr")
+        return logits.permute(0, 2, 3, 1).softmax(dim=-1)
+
     model.eval()
-    images = torch.as_tensor(image, device=device).permute(2, 0, 1)[None] / 255
-    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-        logits = model(images)[-1][0]
-    if not logits.isfinite().all():
-        raise DataError("DeepLabv2 gives numbers that are not finite: train again, lower --lr")
-    return logits
+    images = torch.as_tensor(image).permute(2, 0, 1)[None]
+    probs = slide(probabilities, images, 8, window, stride, bar)
+    return probs[0].permute(2, 0, 1).clamp(min=1e-30).log()
+
+
+def upsampled_argmax(maps, height, width):
+    """upsample(maps, height, width).argmax(0) as uint8, in memory that all maps share."""
+    best, mask = upsample(maps[:1], height, width)[0], torch.zeros(
+        (height, width), dtype=torch.uint8, device=maps.device)
+    for label in range(1, len(maps)):
+        values = upsample(maps[label:label + 1], height, width)[0]
+        mask[values > best] = label
+        best = torch.maximum(best, values)
+    return mask
 
 
 def predict(logits, image, crf=None):
@@ -173,20 +186,20 @@ def predict(logits, image, crf=None):
     a class that is nowhere best hardly gains a pixel, but costs as much time and memory as another.
     """
     logits, (H, W) = torch.as_tensor(logits), image.shape[:2]
-    mask = upsample(logits, H, W).argmax(0)
+    mask = upsampled_argmax(logits, H, W)
     if crf is not None:
         pixels = mask.flatten().bincount(minlength=len(logits))
         most = pixels.sort(descending=True, stable=True).indices[:MAX_CLASSES]
         present = most[pixels[most] > 0].sort().values
         probs = upsample(logits[present], H, W).softmax(dim=0)
-        mask = present[dense_crf(image, probs, **crf).argmax(0)]
-    return mask.byte().cpu().numpy()
+        mask = present[dense_crf(image, probs, **crf).argmax(0)].byte()
+    return mask.cpu().numpy()
 
 
 def segmented(model, folder, ids, args, device, crf):
     """Run the network over the images; yields the arguments of predict."""
     for _, image, _ in loader(Images(folder, ids), args, device, batch_size=None, collate_fn=tuple):
-        logits = predict_logits(model, image, device, args.amp)
+        logits = predict_logits(model, image, device, args.amp, args.window, args.stride)
         yield logits.numpy() if device.type == "cpu" else logits, image, crf
 
 
@@ -196,6 +209,7 @@ def predict_split(args, model, checkpoint, device, crf):
     about = dict(checkpoint=str(args.run / "seg.pt"), masks=str(pred), crf=crf is not None,
                  image_labels_used=False, seed=checkpoint["args"]["seed"])
     settings = about | dict(data=str(args.data.resolve()), seg=digest(args.run / "seg.pt"),
+                            window=args.window, stride=args.stride,
                             constants=crf and crf | dict(backend=None))  # who computes is free
     ids, began, old = folder.ids(args.split), time.time(), read_settings(pred)
     if not old:
@@ -232,24 +246,6 @@ def export(args, ids, crf):
 
 
 # --- pictures ----------------------------------------------------------------------------------
-def draw(path, rows, titles, names, about, width):
-    """Write rows of pictures (H, W, 3) and a legend; names {class number: name}."""
-    shapes = [min(row[0].shape[0] / row[0].shape[1], 3) for row in rows]  # a row's are alike
-    figure = Figure((width, sum(shapes) * width / len(titles) + 1.2), layout="constrained")
-    axes = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=shapes)
-    for axis, picture in zip(axes.flat, sum(rows, [])):
-        axis.imshow(picture, interpolation="nearest")
-        axis.set_axis_off()
-    for axis, title in zip(axes[0], titles):
-        axis.set_title(title)
-    figure.suptitle(about, fontsize=9)
-    figure.legend(handles=[Patch(facecolor=voc_palette()[k] / 255, edgecolor="black", label=name)
-                           for k, name in names.items()],
-                  loc="outside lower center", ncols=5, fontsize=8, frameon=False)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100, metadata={"Title": PICTURE})
-
-
 def draw_stages(args, folder, model, device, crf):
     """RUN/figure.png: evenly spaced images that have pseudo masks, stage by stage."""
     bpm, pseudo = args.run / "bpm", args.run / "pseudo"
@@ -262,7 +258,8 @@ def draw_stages(args, folder, model, device, crf):
         image = np.array(read_image(folder.image_path(image_id)))
         paths = folder.mask_path(image_id), bpm / f"{image_id}.png", pseudo / f"{image_id}.png"
         masks = [read_mask(path, C, image.shape[1::-1]) for path in paths]
-        masks.append(predict(predict_logits(model, image, device, args.amp), image, crf))
+        logits = predict_logits(model, image, device, args.amp, args.window, args.stride)
+        masks.append(predict(logits, image, crf))
         seen.update(*(np.unique(mask).tolist() for mask in masks))
         rows.append([image, *(voc_palette()[mask] for mask in masks)])
     names = {k: "ignore" if k == IGNORE else folder.classes[k] for k in sorted(seen)}
@@ -274,18 +271,16 @@ def draw_stages(args, folder, model, device, crf):
 
 
 def segment_photo(args, model, classes, device, crf):
-    """Write the mask of --image, and an overlay: colours at 45 % with outlines."""
+    """Write the mask of --image, and an overlay of both."""
     path = args.out.with_name(f"{args.out.stem}_overlay.png")
     if path.exists() and decode(path).info.get("Title") != PICTURE:
         raise DataError(f"{path} is in the way, and not ours to replace: choose another --out")
-    image = np.array(read_image(args.image))
-    mask = predict(predict_logits(model, image, device, args.amp), image, crf)
+    image, bar = np.array(read_image(args.image)), partial(progress, desc="windows")
+    logits = predict_logits(model, image, device, args.amp, args.window, args.stride, bar)
+    mask = predict(logits, image, crf)
     save_mask(args.out, mask)
-    grown = max_pool2d(torch.from_numpy(mask)[None].float(), 3, 1, 1)[0].numpy()  # 1 pixel wider
-    alpha = np.where(grown != mask, 1, 0.45)[..., None] * (grown > 0)[..., None]
-    overlay = (1 - alpha) * image + alpha * voc_palette()[grown.astype(np.uint8)]
     names = {k: classes[k] for k in np.unique(mask).tolist()}
-    draw(path, [[image, overlay.astype(np.uint8)]], [args.image.name, "DeepLabv2"], names, "", 11)
+    draw_overlay(path, image, mask, names, [args.image.name, "DeepLabv2"])
     print(f"{args.out} and {path}: {', '.join(names.values())}")
 
 

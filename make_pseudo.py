@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from data import Folder, Images, loader, save_mask
 from evaluate import is_whole, miou, score_masks
-from model import load_model, upsample
+from model import load_model, slide, upsample
 from support.crf import add_crf_flags, crf_settings, dense_crf
 from support.run import (DataError, check_masks, claimed, digest, in_workers, join_processes,
                          launch, log, number, open_run, progress, stage_flags)
@@ -67,12 +67,12 @@ def pseudo_masks(image, present, maps, crf):
 @torch.no_grad()
 def classified(model, folder, ids, args, device, crf):
     """Run the patch classifier over the images; yields the arguments of pseudo_masks."""
-    images = Images(folder, ids, args.size)
+    images, patch = Images(folder, ids, args.size), model.backbone.patch_embed.feat_ratio()
     for items in loader(images, args, device, batch_size=args.batch_size, collate_fn=list):
         image_ids, originals, images = zip(*items)
         images = torch.stack(images).to(device, non_blocking=True) / 255
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            patch_probs = model(images)  # Eq. (1) to (7)
+            patch_probs = slide(model, images, patch, args.window, args.stride)  # Eq. (1) to (7)
         if not patch_probs.isfinite().all():
             raise DataError(f"{args.run}/cls.pt gives numbers that are not finite: train it again "
                             "with a lower --lr")
@@ -104,8 +104,9 @@ def main(args):
     # --- what is there already ---
     crf = crf_settings(args, device)
     made_with = dict(cls=digest(args.run / "cls.pt"), data=str(args.data.resolve()),
-                     labels=folder.fingerprint(), size=args.size, max_norm=args.max_norm,
-                     image_labels_used=True, seed=trained["seed"])
+                     labels=folder.fingerprint(), size=args.size, window=args.window,
+                     stride=args.stride, max_norm=args.max_norm, image_labels_used=True,
+                     seed=trained["seed"])
     outputs = {args.run / "bpm": made_with | dict(crf=False)}
     if crf:
         outputs[args.run / "pseudo"] = made_with | dict(crf=True) | crf | dict(backend=None)

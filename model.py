@@ -3,53 +3,15 @@
 Legend: B batch, C classes with background, h x w patch grid, N = h * w patches, D width, K top-k.
 Read CPFCTE.forward first: it is the paper's Fig. 2 from left to right, Eq. (1) to Eq. (7).
 """
-import logging
-import os
-import urllib.request
+import math
 from dataclasses import dataclass
 
-import huggingface_hub.constants as hub
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import support.beetles  # noqa: F401  registers vit_toy and resnet_toy
+from support.backbones import create_backbone
 from support.run import DataError, load_checkpoint, restore
-
-
-# --- backbones ---------------------------------------------------------------------------------
-def ask_hub(name):
-    """Say that the hub is asked for weights; where it cannot be reached, use its cache only."""
-    print(f"weights of {name}: from timm's hub, or its cache on this machine", flush=True)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    try:
-        urllib.request.urlopen(hub.ENDPOINT, timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # it answered
-    except OSError:
-        hub.HF_HUB_OFFLINE = True  # else it is asked ten times, for over a minute
-
-
-def create_backbone(name, kind, pretrained, weights=None, **kwargs):
-    """A timm model: with the hub's ImageNet weights, with those of a file, or with random ones."""
-    if not timm.is_model(name.split(".")[0]):
-        raise DataError(f"timm has no model {name!r}: see timm.list_models('*{name[:5]}*')")
-    if weights is not None and not os.path.isfile(weights):
-        raise DataError(f"{weights} not found: --weights takes a local copy of the timm weights")
-    overlay = {"pretrained_cfg_overlay": dict(file=str(weights))} if weights else {}
-    if pretrained and not weights:
-        ask_hub(name)
-    try:
-        return timm.create_model(name, pretrained=pretrained or bool(weights), **overlay, **kwargs)
-    except (TypeError, NotImplementedError, AssertionError):  # it does not take these arguments
-        raise DataError(f"--backbone {name} does not fit this stage, which needs a {kind}")
-    except Exception as error:  # hub, network, file format: many types, one consequence
-        if not (pretrained or weights):
-            raise
-        reason = f"{type(error).__name__} {error}".splitlines()[0][:120]
-        raise DataError(f"no weights for {name} from {weights or 'the hub'} ({reason}): pass "
-                        "--weights FILE with a local copy, or --no-pretrained for random ones")
 
 
 class Normalise(nn.Module):
@@ -84,8 +46,11 @@ class ClassifierConfig:
     num_classes: int              # C, background included
     backbone: str                 # any plain ViT of timm
     class_tokens: str = "soft"    # soft | all | append | none: t(i), patch i's class token, Eq. (2)
-    context: str = "hv"           # hv | raster | none: the lines that the BiLSTM runs along
+    context: str = "hv"           # hv | raster: the BiLSTM's lines; conv | pool | none
     dropout: float = 0.2          # before the BiLSTM and before the classifier; ViT-PCM's value
+
+
+RECURRENT = ("hv", "raster")  # contexts with a BiLSTM
 
 
 class ContextFusion(nn.Module):
@@ -93,26 +58,37 @@ class ContextFusion(nn.Module):
 
     hv: one BiLSTM along the rows and one along the columns, D/4 per direction. raster: one BiLSTM
     along the whole row-major sequence, D/2 per direction. Class tokens, if given, lead every line.
+    Without recurrence, not in the paper: conv, a depthwise 7x7; pool, means of row and column.
     """
 
     def __init__(self, dim, context, dropout):
         super().__init__()
-        directions = {"hv": 4, "raster": 2}[context]  # two for each line through a patch
-        self.dropout = nn.Dropout(dropout)
-        self.lstms = nn.ModuleList(
-            nn.LSTM(dim, dim // directions, batch_first=True, bidirectional=True)
-            for _ in range(directions // 2))
+        self.context, self.dropout = context, nn.Dropout(dropout)
+        if context in RECURRENT:
+            directions = {"hv": 4, "raster": 2}[context]  # two for each line through a patch
+            self.lstms = nn.ModuleList(
+                nn.LSTM(dim, dim // directions, batch_first=True, bidirectional=True)
+                for _ in range(directions // 2))
+        else:
+            self.mix = {"conv": nn.Conv2d(dim, dim, 7, padding=3, groups=dim),
+                        "pool": nn.Linear(3 * dim, dim)}[context]
         self.proj = nn.Linear(dim, dim)  # W_o, b_o
 
     def forward(self, tokens, class_tokens=None):
         B, h, w, D = tokens.shape
         tokens = self.dropout(tokens)
-        if len(self.lstms) == 1:  # raster
+        if self.context == "hv":
+            rows = self.scan(self.lstms[0], tokens, class_tokens)                  # (B, h, w, D/2)
+            columns = self.scan(self.lstms[1], tokens.transpose(1, 2), class_tokens)
+            hidden = torch.cat([rows, columns.transpose(1, 2)], dim=-1)            # (B, h, w, D)
+        elif self.context == "raster":
             hidden = self.scan(self.lstms[0], tokens.reshape(B, 1, h * w, D), class_tokens)
-            return self.proj(hidden.view(B, h, w, D))
-        rows = self.scan(self.lstms[0], tokens, class_tokens)                  # (B, h, w, D/2)
-        columns = self.scan(self.lstms[1], tokens.transpose(1, 2), class_tokens)  # (B, w, h, D/2)
-        hidden = torch.cat([rows, columns.transpose(1, 2)], dim=-1)            # (B, h, w, D)
+            hidden = hidden.view(B, h, w, D)
+        elif self.context == "conv":
+            hidden = F.gelu(self.mix(tokens.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        else:  # pool
+            lines = [tokens.mean(side, keepdim=True).expand_as(tokens) for side in (1, 2)]
+            hidden = F.gelu(self.mix(torch.cat([tokens, *lines], dim=-1)))
         return self.proj(hidden)  # Eq. (6)
 
     @staticmethod
@@ -136,7 +112,7 @@ def initialise(module):
     for name, parameter in module.named_parameters(recurse=False):
         if name.startswith("weight_hh"):
             nn.init.orthogonal_(parameter)
-        elif name.startswith("weight"):
+        elif name.startswith("weight") and not isinstance(module, nn.Conv2d):
             nn.init.xavier_uniform_(parameter)
         elif name.startswith("bias"):
             nn.init.zeros_(parameter)
@@ -160,8 +136,8 @@ class CPFCTE(Network):
             self.enhance_proj = nn.Linear(D + (D if config.class_tokens == "soft" else C * D), D)
         if config.context != "none":
             self.context = ContextFusion(D, config.context, config.dropout)
-        elif config.class_tokens == "append":
-            raise DataError("--class-tokens append needs a --context (hv or raster): without one "
+        if config.class_tokens == "append" and config.context not in RECURRENT:
+            raise DataError("--class-tokens append needs --context hv or raster: without a BiLSTM "
                             "the appended tokens never meet the patches")
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(D, C, bias=False)  # W_c
@@ -205,7 +181,7 @@ class CPFCTE(Network):
         return (tokens @ self.class_tokens.T / tokens.shape[-1] ** 0.5).softmax(dim=-1)
 
     def fuse(self, tokens):
-        """Eq. (3) to (6), CF-BiLSTM."""
+        """Eq. (3) to (6), CF-BiLSTM, or what --context has in its place."""
         if self.config.context == "none":
             return tokens
         appended = self.class_tokens if self.config.class_tokens == "append" else None
@@ -232,6 +208,32 @@ def pool_patches(patch_probs, pool="topk", top_k=6):
 def upsample(maps, height, width):
     """(P, h, w) -> (P, height, width), bilinear; maps that sum to one still do."""
     return F.interpolate(maps[None], (height, width), mode="bilinear", align_corners=False)[0]
+
+
+def slide(network, images, cell, window=None, stride=None, bar=iter):
+    """The mean of network's probabilities (B, h, w, C) over overlapping windows of the images.
+
+    images (B, 3, H, W); network gives probabilities for cells of `cell` pixels a side, of which
+    window and stride (default: half a window) are multiples. Without a window, or where one covers
+    the images: network(images). bar shows progress along a list.
+    """
+    H, W = images.shape[-2:]
+    if not window or window >= max(H, W):
+        return network(images)
+    stride = stride or max(cell, window // 2 // cell * cell)
+    if window % cell or stride % cell or stride > window:
+        raise DataError(f"--window {window} and --stride {stride}: take multiples of {cell} "
+                        "pixels, and a stride of at most the window")
+    tops, lefts = ([*range(0, last, stride), last] for last in (
+        max(0, math.ceil((side - window) / cell)) * cell for side in (H, W)))
+    total = torch.zeros(())
+    for top, left in bar([(top, left) for top in tops for left in lefts]):
+        probs = network(images[..., top:top + window, left:left + window])
+        before = left // cell, top // cell
+        after = (math.ceil(W / cell) - before[0] - probs.shape[2],
+                 math.ceil(H / cell) - before[1] - probs.shape[1])
+        total = total + F.pad(probs, (0, 0, before[0], after[0], before[1], after[1]))
+    return total / total.sum(dim=-1, keepdim=True)  # each window adds one: the sum counts them
 
 
 def classification_loss(scores, image_labels):

@@ -31,8 +31,10 @@ def parse_args(argv=None):
     add("--class-tokens", "soft", "t(i) in Eq. (2). soft: each patch's own mixture of the tokens; "
         "all: every token for every patch, which is a bias; append: tokens join the BiLSTM's "
         "lines; none: Table 4", choices=("soft", "all", "append", "none"))
-    add("--context", "hv", "Eq. (3) to (6). hv: along rows and columns; raster: along the "
-        "row-major sequence; none: Table 4", choices=("hv", "raster", "none"))
+    add("--context", "hv", "Eq. (3) to (6). hv: BiLSTMs along rows and columns; raster: one along "
+        "the row-major sequence; none: Table 4. Not in the paper, without recurrence: conv, a "
+        "depthwise 7x7; pool, means of row and column",
+        choices=("hv", "raster", "conv", "pool", "none"))
     add("--dropout", 0.2, "before the BiLSTM and before the classifier", toy=0.0, high=0.99)
     add("--pool", "topk", "Eq. (8), Table 5", choices=("topk", "max", "avg"))
     add("--top-k", 6, "K in Eq. (8): 1 is max pooling, all patches is average pooling", toy=12,

@@ -1,18 +1,12 @@
-"""The generated data set "beetles", and the small networks that learn it from random weights.
+"""The generated data set "beetles".
 
 A beetle's class is the pair (pattern of its body, colour of its head): neither a body patch nor a
 head patch alone tells the class, so context has to carry it from one to the other (Sec. 0.3.3).
 """
 import math
-from functools import partial
 
 import numpy as np
 from PIL import Image
-from timm.layers import HybridEmbed
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.resnet import BasicBlock, ResNet
-from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer_hybrid import ConvStem
 
 from data import IGNORE, save_mask, write_folder
 from support.run import DataError, atomic, progress, read_text, write_lines
@@ -115,33 +109,3 @@ def make_toy(root, num, cooccur=None):
         write_lines(root / "ImageSets/Segmentation" / f"{name}.txt", ids)
     write_lines(root / "Parts/names.txt", ["body", "head"])
     write_folder(root, "toy", TOY_CLASSES, label_lines)
-
-
-# --- networks, registered with timm ------------------------------------------------------------
-NO_WEIGHTS = dict(url="", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-default_cfgs = generate_default_cfgs(  # where timm looks for them
-    {name: NO_WEIGHTS for name in ("vit_toy", "vit_toy_linear", "resnet_toy")})
-
-
-@register_model
-def vit_toy_linear(pretrained=False, **kwargs):
-    """timm's ViT at 96x96: patch 8, width 128, depth 4."""
-    size = dict(img_size=96, patch_size=8, embed_dim=128, depth=4, num_heads=2, mlp_ratio=2)
-    return build_model_with_cfg(VisionTransformer, "vit_toy_linear", pretrained, **size | kwargs)
-
-
-@register_model
-def vit_toy(pretrained=False, **kwargs):
-    """vit_toy_linear with a convolutional stem, which learns textures faster (Xiao et al. 2021)."""
-    stem = ConvStem(depth=4, channels=(32, 64, 128, 128), stride=(2, 2, 2, 1),
-                    kernel_size=(3, 3, 3, 1))
-    embed = partial(HybridEmbed, backbone=stem, proj=False)
-    return vit_toy_linear(pretrained, **dict(patch_size=1, embed_layer=embed) | kwargs)
-
-
-@register_model
-def resnet_toy(pretrained=False, **kwargs):
-    """timm's ResNet with one basic block a stage and few channels."""
-    size = dict(block=BasicBlock, layers=(1, 1, 1, 1), channels=(32, 64, 64, 96),
-                stem_type="deep", stem_width=16, zero_init_last=False)
-    return build_model_with_cfg(ResNet, "resnet_toy", pretrained, **size | kwargs)

@@ -126,6 +126,11 @@ def stage_flags(doc, trains=False):
         "the CRF; results do not depend on it", high=1024)
     add("--amp", torch.cuda.is_available(), "run the network in bfloat16 autocast")
     if not trains:
+        add("--window", None, "predict in overlapping windows of W x W pixels and average their "
+            "probabilities: for images larger than those it learnt from (default: no windows)",
+            metavar="W", type=number(int, 1, 10**5))
+        add("--stride", None, "pixels between two windows (default: half a window)", metavar="S",
+            type=number(int, 1, 10**5))
         return flags
     add("--weights", None, "local copy of the backbone's timm weights, instead of the hub's")
     add("--pretrained", True, "start from the backbone's ImageNet weights, not from random ones",

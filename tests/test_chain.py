@@ -18,6 +18,7 @@ import train_seg
 from conftest import ROOT, in_process, needs_compiler
 from support import coco as coco_maker
 from support.beetles import TOY_CLASSES
+from support.pictures import PICTURE
 from support.run import DataError
 
 CLS = ("--epochs", "2", "--batch-size", "4")
@@ -169,10 +170,32 @@ def test_a_photo_is_segmented_with_the_preset_of_its_run(run, tmp_path):
     in_process(evaluate, *words)
     assert data.read_mask(out, 9).shape == (75, 130)
     with Image.open(tmp_path / "photo_overlay.png") as overlay:
-        assert overlay.width > 1000 and overlay.info["Title"] == evaluate.PICTURE
+        assert overlay.width > 1000 and overlay.info["Title"] == PICTURE
     data.save_mask(tmp_path / "photo_overlay.png", np.zeros((4, 4)))  # not drawn by evaluate.py
     with pytest.raises(DataError, match="photo_overlay.png is in the way"):
         in_process(evaluate, *words)
+
+
+def test_stages_2_and_4_predict_in_windows(run, toy, tmp_path):
+    here = tmp_path / "run"
+    here.mkdir()
+    for name in ("cls.pt", "seg.pt"):
+        shutil.copy(run[0] / name, here)
+    words = ("--data", toy, "--run", here, "--workers", "0")
+    in_process(make_pseudo, *words, "--window", "96")  # covers the image
+    whole = masks(here / "bpm")
+    assert whole == masks(run[0] / "bpm")
+    with pytest.raises(DataError, match="--overwrite replaces them"):
+        in_process(make_pseudo, *words, "--window", "48")
+    in_process(make_pseudo, *words, "--window", "48", "--overwrite")
+    assert masks(here / "bpm") != whole
+    in_process(evaluate, *words, "--window", "64", "--stride", "16")
+    made = json.loads((here / "pred/settings.json").read_text())
+    assert (made["window"], made["stride"]) == (64, 16)
+    Image.new("RGB", (130, 75)).save(tmp_path / "photo.jpg")
+    in_process(evaluate, "--run", here, "--image", tmp_path / "photo.jpg", "--out",
+               tmp_path / "photo.png", "--window", "64")
+    assert data.read_mask(tmp_path / "photo.png", 9).shape == (75, 130)
 
 
 # --- interruptions -----------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 
-from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig, ask_hub
+from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig
+from support.backbones import ask_hub
 from support.run import DataError
 
 C = 5

@@ -63,6 +63,7 @@ def test_append_and_none_leave_the_patch_tokens_alone():
     assert not hasattr(tiny(class_tokens="none"), "class_tokens")
 
 
-def test_append_needs_a_context():
-    with pytest.raises(DataError, match="--context"):
-        tiny(class_tokens="append", context="none")
+@pytest.mark.parametrize("context", ["none", "conv", "pool"])
+def test_append_needs_a_bilstm(context):
+    with pytest.raises(DataError, match="--context hv or raster"):
+        tiny(class_tokens="append", context=context)

@@ -1,4 +1,6 @@
 """Eq. (3) to (6), CF-BiLSTM: context fusion against an LSTM's textbook equations."""
+import math
+
 import numpy as np
 import torch
 
@@ -64,6 +66,33 @@ def test_raster_is_one_bilstm_over_the_row_major_sequence():
         hidden = both_ways(fuse.lstms[0], tokens[b].reshape(h * w, D).numpy())
         np.testing.assert_allclose(fuse(tokens)[b].detach().numpy().reshape(h * w, D),
                                    hidden @ W_o.T + b_o, atol=1e-5)
+
+
+def gelu(x):
+    return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def test_conv_is_a_depthwise_7x7_with_zeros_around():
+    fuse, tokens = fusion("conv"), torch.randn(B, h, w, D)
+    kernel, bias = fuse.mix.weight.detach().numpy()[:, 0], fuse.mix.bias.detach().numpy()
+    around = np.pad(tokens.numpy(), ((0, 0), (3, 3), (3, 3), (0, 0)))
+    hidden = np.array([[[[(kernel[d] * around[b, y:y + 7, x:x + 7, d]).sum() + bias[d]
+                          for d in range(D)] for x in range(w)] for y in range(h)]
+                       for b in range(B)])
+    W_o, b_o = projection(fuse)
+    np.testing.assert_allclose(fuse(tokens).detach().numpy(), gelu(hidden) @ W_o.T + b_o, atol=1e-5)
+
+
+def test_pool_gives_a_patch_the_means_of_its_row_and_of_its_column():
+    fuse, tokens = fusion("pool"), torch.randn(B, h, w, D)
+    A, a = fuse.mix.weight.detach().numpy(), fuse.mix.bias.detach().numpy()
+    W_o, b_o = projection(fuse)
+    P = tokens.numpy()
+    for y in range(h):
+        for x in range(w):
+            joined = np.concatenate([P[1, y, x], P[1, :, x].mean(0), P[1, y].mean(0)])
+            np.testing.assert_allclose(fuse(tokens)[1, y, x].detach().numpy(),
+                                       W_o @ gelu(A @ joined + a) + b_o, atol=1e-5)
 
 
 def test_appended_tokens_lead_every_line_and_are_dropped():

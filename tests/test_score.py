@@ -112,7 +112,7 @@ def test_prediction_is_the_argmax_of_the_upsampled_logits(C):
     assert np.array_equal(mask, upsample(logits, 64, 97).argmax(0).numpy())
 
 
-def test_logits_are_the_networks_maximum_in_evaluation_mode():
+def test_logits_are_those_of_the_networks_maximum_in_evaluation_mode():
     class Network(nn.Module):
         def forward(self, images):
             assert not self.training and images.shape == (1, 3, 4, 6) and images.max() <= 1
@@ -120,7 +120,8 @@ def test_logits_are_the_networks_maximum_in_evaluation_mode():
 
     image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     logits = evaluate.predict_logits(Network().train(), image, torch.device("cpu"), False)
-    np.testing.assert_allclose(logits, image[..., 1:].transpose(2, 0, 1) / 255, rtol=1e-6)
+    odds = np.exp(image[..., 1:].transpose(2, 0, 1) / 255)
+    np.testing.assert_allclose(logits.exp(), odds / odds.sum(0), rtol=1e-5)
     Network.forward = lambda self, images: [images / 0]
     with pytest.raises(DataError, match="not finite"):
         evaluate.predict_logits(Network(), image, torch.device("cpu"), False)
