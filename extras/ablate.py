@@ -31,7 +31,8 @@ STUDIES = {
     "stem": [("convolutional", "-", "", ""), ("linear", "-", "--backbone vit_toy_linear", "")],
     "class-tokens": [(t, "-", f"--class-tokens {t}" * (t != "soft"), "")
                      for t in ("none", "soft", "all", "append")],
-    "context": [(c, "-", f"--context {c}" * (c != "hv"), "") for c in ("none", "hv", "raster")],
+    "context": [(c, "-", f"--context {c}" * (c != "hv"), "")
+                for c in ("none", "hv", "raster", "conv", "pool")],
     "max-norm": [("with", "-", "", ""), ("without", "-", "", "--no-max-norm")],
     "size-toy": [(f"{s}x{s}", "-", "", f"--size {s}") for s in (64, 96, 144, 192)],
     "size-voc": [(f"{s}x{s}", "-", "", f"--size {s}") for s in (384, 640, 960, 1280)],
@@ -110,28 +111,44 @@ def run_variant(args, cls_flags, pseudo_flags, seed):
     return scores
 
 
-def table(rows, results):
-    """Markdown; results: for each row a list of scores, one a seed. Columns end with the gain in
-    BPM over the first row, seed by seed, and its 95 % confidence interval (Student's t).
+def cells(values):
+    """The mean of a column and its standard deviation over seeds."""
+    return [f"{statistics.mean(values):.1f}",
+            f"{statistics.stdev(values):.1f}" if len(values) > 1 else ""]
+
+
+def table(rows, results, scores, gain=None):
+    """Markdown; results: for each row a list of dictionaries of scores, one a seed.
+
+    gain names the score whose difference to the first row is told, seed by seed, with its 95 %
+    confidence interval (Student's t).
     """
-    columns, n = list(results[0][0]), len(results[0])
-    heads = ["variant", "paper (DeepLabv2, VOC val)", "n", *(f"{c} (sd)" for c in columns),
-             "BPM gain", "95 % interval"]
+    n = len(results[0])
+    heads = ["variant", *(["paper (DeepLabv2, VOC val)", "seeds"] if gain else []),
+             *sum(([score, "sd"] for score in scores), []),
+             *([f"gain in {gain}", "95 % interval"] if gain else [])]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for (name, paper, *_), scores in zip(rows, results):
-        cells = [name, paper, n]
-        for column in columns:
-            values = [score[column] for score in scores]
-            spread = f" ({statistics.stdev(values):.1f})" if n > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
-        gains = [score["BPM"] - first["BPM"] for score, first in zip(scores, results[0])]
-        gain, half = statistics.mean(gains), None
-        if n > 1:
-            half = T95[min(n, 10) - 2] / n ** 0.5 * statistics.stdev(gains)
-        cells += [f"{gain:+.1f}" if any(gains) else "",
-                  f"{gain - half:+.1f} to {gain + half:+.1f}" if half else ""]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+    for (name, paper, *_), of_seeds in zip(rows, results):
+        line = [name, *([paper, n] if gain else [])]
+        line += sum((cells([of_seed[score] for of_seed in of_seeds]) for score in scores), [])
+        if gain:
+            gains = [mine[gain] - first[gain] for mine, first in zip(of_seeds, results[0])]
+            mean, half = statistics.mean(gains), None
+            if n > 1:
+                half = T95[min(n, 10) - 2] / n ** 0.5 * statistics.stdev(gains)
+            line += [f"{mean:+.1f}" if any(gains) else "",
+                     f"{mean - half:+.1f} to {mean + half:+.1f}" if half else ""]
+        lines.append(f"| {' | '.join(map(str, line))} |")
     return lines
+
+
+def tables(rows, results):
+    """The masks' scores with the gain in the last of them, and what the BPM finds."""
+    masks = [name for name in ("BPM", "CRF", "DeepLabv2") if name in results[0][0]]
+    others = [name for name in results[0][0] if name not in masks]
+    gain = "DeepLabv2" if "DeepLabv2" in masks else "BPM"
+    found = ["", *table(rows, results, others)] if others else []
+    return [*table(rows, results, masks, gain), *found]
 
 
 def main(args):
@@ -143,8 +160,8 @@ def main(args):
         scores = dict(zip(jobs, pool.map(lambda job: {
             flags: run_variant(args, job[0], flags, job[1]) for flags in jobs[job]}, jobs)))
     for study in args.studies:
-        lines = table(STUDIES[study], [[scores[cls, seed][pseudo] for seed in args.seeds]
-                                       for _, _, cls, pseudo in STUDIES[study]])
+        lines = tables(STUDIES[study], [[scores[cls, seed][pseudo] for seed in args.seeds]
+                                        for _, _, cls, pseudo in STUDIES[study]])
         name = f"{args.data.resolve().name}/{study}-{args.split}{'-full' * args.full}.md"
         write_lines(args.out / name, lines)
         print(f"\n{study} on {args.data}, {args.split}:", *lines, sep="\n")

@@ -106,7 +106,7 @@ def bench_classifier(args, context):
                            args.amp(network)(images)), labels))
     tokens = args.amp(net.patch_tokens)(images).detach().requires_grad_()
     for name, part, start in (("backbone", net.patch_tokens, images), ("head", _head, tokens),
-                              ("tokens", net.enhance, tokens), ("CF-BiLSTM", net.fuse, tokens)):
+                              ("tokens", net.enhance, tokens), ("context", net.fuse, tokens)):
         ms = milliseconds(args.device, lambda: args.amp(part)(start).sum().backward())
         row(f"- {name}", "forward, backward", ms, "ms", f"{100 * ms / whole:.1f} % of the step")
     for side in args.sides:
@@ -115,7 +115,7 @@ def bench_classifier(args, context):
             tokens = args.amp(net.eval().patch_tokens)(picture)
             ms = milliseconds(args.device, lambda: args.amp(net)(picture))
             share = 100 * milliseconds(args.device, lambda: args.amp(net.fuse)(tokens)) / ms
-        row(f"inference, {context}", f"{side}x{side}", ms, "ms/image", f"CF-BiLSTM {share:.1f} %")
+        row(f"inference, {context}", f"{side}x{side}", ms, "ms/image", f"context {share:.1f} %")
 
 
 def bench_segmenter(args, image):
@@ -171,7 +171,7 @@ def main(args):
         folder = data.Folder(root)  # its third image has about a photograph's lattice
         image = torch.from_numpy(np.array(data.read_image(folder.image_path("train_00002"))))
         bench_loading(args, folder)
-    for context in ("raster", "hv"):
+    for context in ("raster", "conv", "pool", "hv"):
         bench_classifier(args, context)
     bench_segmenter(args, image.to(args.device))
     bench_crf(args, image.to(args.device))

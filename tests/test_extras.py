@@ -54,17 +54,21 @@ def test_table_by_hand():
     rows = [("first", 65.2, "", ""), ("second", "-", "--x", "")]
     scores = [[{"BPM": 10.0, "CRF": 20.0}, {"BPM": 14.0, "CRF": 20.0}, {"BPM": 12.0, "CRF": 20.0}],
               [{"BPM": 15.0, "CRF": 21.0}, {"BPM": 17.0, "CRF": 23.0}, {"BPM": 19.0, "CRF": 22.0}]]
-    lines = ablate.table(rows, scores)
+    lines = ablate.tables(rows, [[seed | {"body found": 7.0} for seed in row] for row in scores])
     assert [cell.strip() for cell in lines[0].split("|")[4:-1]] == [
-        "BPM (sd)", "CRF (sd)", "BPM gain", "95 % interval"]
-    assert lines[2] == "| first | 65.2 | 3 | 12.0 (2.0) | 20.0 (0.0) |  |  |"
+        "BPM", "sd", "CRF", "sd", "gain in BPM", "95 % interval"]
+    assert lines[2] == "| first | 65.2 | 3 | 12.0 | 2.0 | 20.0 | 0.0 |  |  |"
     # differences 5, 3, 7: mean 5, deviation 2, Student's t of 2 degrees of freedom 4.303
     half = 4.303 * 2 / math.sqrt(3)
     interval = f"{5 - half:+.1f} to {5 + half:+.1f}"
-    assert lines[3] == f"| second | - | 3 | 17.0 (2.0) | 22.0 (1.0) | +5.0 | {interval} |"
-    assert {line.count("|") for line in lines} == {8}
-    one = ablate.table(rows, [scores[0][:1], scores[1][:1]])
-    assert one[3] == "| second | - | 1 | 15.0 | 21.0 | +5.0 |  |"
+    assert lines[3] == f"| second | - | 3 | 17.0 | 2.0 | 22.0 | 1.0 | +5.0 | {interval} |"
+    assert {line.count("|") for line in lines[:4]} == {10}
+    assert lines[4:] == ["", "| variant | body found | sd |", "|---|---|---|",
+                         "| first | 7.0 | 0.0 |", "| second | 7.0 | 0.0 |"]
+    one = ablate.tables(rows, [scores[0][:1], scores[1][:1]])
+    assert one[3:] == ["| second | - | 1 | 15.0 |  | 21.0 |  | +5.0 |  |"]
+    full = [[seed | {"DeepLabv2": 3 * seed["CRF"]} for seed in row] for row in scores]
+    assert ablate.tables(rows, full)[3].endswith("66.0 | 3.0 | +6.0 | -1.4 to +13.4 |")
 
 
 def test_tables_4_and_5_are_the_papers():
@@ -82,7 +86,7 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(toy, tmp_path, calls, ca
     home = study(toy, tmp_path, "max-norm", "--seeds", "0")
     assert [script for script, _ in calls].count("train_cls.py") == 2  # the second finds it done
     lines = (home / "max-norm-val.md").read_text().splitlines()
-    assert len(lines) == 4 and lines[2].startswith("| with | - | 1 |")
+    assert len(lines) == 9 and lines[2].startswith("| with | - | 1 |")
     scores = json.loads((home / "default/s0/scores-val.json").read_text())["scores"]
     results = json.loads((home / "default/s0/bpm/results.json").read_text())
     assert scores["BPM"] == pytest.approx(100 * results["miou"])
@@ -207,11 +211,11 @@ def test_a_quick_benchmark_fills_its_table(capsys):
     assert {"matrix product", "load, flip", "load, flip, jitter", "load, rescale, crop, flip",
             "stage 3 step", "CRF, torch", "stage 4, no CRF", "stage 4, score",
             "peak memory"} <= set(notes)
-    for context in ("hv", "raster"):
+    for context in ("hv", "raster", "conv", "pool"):
         assert "of the ceiling" in notes[f"stage 1 step, {context}"][0][2]
         assert len(notes[f"inference, {context}"]) == 4
-    for part in ("- backbone", "- tokens", "- CF-BiLSTM", "- head"):
-        assert len(notes[part]) == 2 and all(n.endswith("of the step") for _, _, n in notes[part])
+    for part in ("- backbone", "- tokens", "- context", "- head"):
+        assert len(notes[part]) == 4 and all(n.endswith("of the step") for _, _, n in notes[part])
 
 
 # --- extras/kill_test.py -----------------------------------------------------------------------
