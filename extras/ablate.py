@@ -1,6 +1,6 @@
 """Tables 4 and 5 and sweeps around them: train and score variants over seeds, one table a study.
 
-Run:    python extras/ablate.py table4 table5 --data data/toy --cls-flags="--epochs 12"
+Run:    python extras/ablate.py table4 table5 --data data/toy --jobs 2
 Writes: OUT/DATA/FLAGS/sSEED/ (a run folder), OUT/DATA/STUDY-SPLIT.md (the table)
 Studies share the runs of equal flags, and what is done is skipped: a killed job, another seed or a
 new variant (one line of STUDIES) costs only what is missing.
@@ -66,7 +66,8 @@ def call(args, run, script, *flags):
     """Run one of the scripts; its output goes to RUN/out.txt, its last line into an error."""
     words = [sys.executable, ROOT / script, "--data", args.data, "--run", run, *flags]
     command = [*map(str, words), *shlex.split(args.flags)]
-    env = {"OMP_NUM_THREADS": str(os.cpu_count() // args.jobs or 1), **os.environ}
+    env = {"OMP_NUM_THREADS": str(os.cpu_count() // args.jobs or 1), "OMP_WAIT_POLICY": "passive",
+           **os.environ}
     log = run / "out.txt"
     with open(log, "a") as file:
         print(shlex.join(command), file=file, flush=True)
@@ -80,13 +81,13 @@ def run_variant(args, cls_flags, pseudo_flags, seed):
     """Train (unless that is done), make masks, score them; return {column of the table: %}."""
     trained = args.out / args.data.resolve().name / folder_name(cls_flags) / f"s{seed}"
     run = trained / folder_name(pseudo_flags) if pseudo_flags else trained
-    note = run / f"scores-{args.split}{'-full' * args.full}.json"
+    note = run / f"scores-{args.split}.json"
     flags = shlex.split(args.cls_flags) + cls_flags.split()
-    settings = [str(args.data.resolve()), flags, args.full and shlex.split(args.seg_flags)]
-    if note.is_file():
-        saved = json.loads(note.read_text())
-        if saved["settings"] != settings:
-            raise DataError(f"{note} is of other data or flags: choose another --out")
+    settings = [str(args.data.resolve()), flags, shlex.split(args.seg_flags)]
+    saved = json.loads(note.read_text()) if note.is_file() else {}
+    if saved and saved["settings"] != settings:
+        raise DataError(f"{note} is of other data or flags: choose another --out")
+    if saved and ("DeepLabv2" in saved["scores"] or not args.full):
         return saved["scores"]
     run.mkdir(parents=True, exist_ok=True)
     call(args, trained, "train_cls.py", "--seed", seed, "--resume", *flags)
@@ -105,7 +106,10 @@ def run_variant(args, cls_flags, pseudo_flags, seed):
         call(args, run, "make_pseudo.py", *pseudo_flags.split())
         call(args, run, "train_seg.py", "--seed", seed, "--resume", *shlex.split(args.seg_flags))
         call(args, run, "evaluate.py", "--split", args.split)
-        scores["DeepLabv2"] = 100 * json.loads((run / "results.json").read_text())["miou"]
+        results["pred"] = json.loads((run / "results.json").read_text())
+        scores["DeepLabv2"] = 100 * results["pred"]["miou"]
+        parts = results["pred"].get("part_recall", {}).items()
+        scores |= {f"DeepLabv2: {p} found": 100 * r for p, r in parts}
     write_lines(note, [json.dumps(dict(settings=settings, scores=scores, results=results))])
     print(f"{run}  BPM {scores['BPM']:.1f}  CRF {scores['CRF']:.1f}", flush=True)
     return scores
@@ -143,12 +147,12 @@ def table(rows, results, scores, gain=None):
 
 
 def tables(rows, results):
-    """The masks' scores with the gain in the last of them, and what the BPM finds."""
-    masks = [name for name in ("BPM", "CRF", "DeepLabv2") if name in results[0][0]]
-    others = [name for name in results[0][0] if name not in masks]
+    """Two tables: the masks' mIoU with the gain of the last step, and what they find."""
+    names = [name for name in results[0][0] if all(name in seed for row in results for seed in row)]
+    masks = [name for name in ("BPM", "CRF", "DeepLabv2") if name in names]
+    found = [name for name in names if name not in masks]
     gain = "DeepLabv2" if "DeepLabv2" in masks else "BPM"
-    found = ["", *table(rows, results, others)] if others else []
-    return [*table(rows, results, masks, gain), *found]
+    return [*table(rows, results, masks, gain), *(["", *table(rows, results, found)] * bool(found))]
 
 
 def main(args):

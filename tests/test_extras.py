@@ -109,9 +109,13 @@ def test_full_trains_and_scores_deeplab(toy, tmp_path, calls):
     seg = "--iterations 2 --batch-size 4 --val-images 2"
     home = study(toy, tmp_path, "max-norm", "--seeds", "0", "--full", "--seg-flags", seg)
     assert (home / "max-norm-val-full.md").is_file()
-    scores = json.loads((home / "default/s0/scores-val-full.json").read_text())["scores"]
+    scores = json.loads((home / "default/s0/scores-val.json").read_text())["scores"]
     results = json.loads((home / "default/s0/results.json").read_text())
     assert results["split"] == "val" and scores["DeepLabv2"] == 100 * results["miou"]
+    assert scores["DeepLabv2: head found"] == 100 * results["part_recall"]["head"]
+    calls.clear()
+    study(toy, tmp_path, "max-norm", "--seeds", "0", "--seg-flags", seg)  # the same runs
+    assert not calls
 
 
 def test_a_study_from_another_folder_passes_its_flags_on(toy, tmp_path, calls, monkeypatch):
