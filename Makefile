@@ -19,7 +19,8 @@ CLS_FLAGS ?=
 SEG_FLAGS ?=
 RUN = runs/toy
 PY = .venv/bin/python
-export OMP_WAIT_POLICY ?= passive  # threads that wait leave their core to others at once
+# threads that wait leave their core to others at once
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test voc coco table4 table5 figures clean
 .NOTPARALLEL:  # the stages share a run folder, the tables share runs
