@@ -1,10 +1,13 @@
 # make demo: set up, then the whole pipeline on a generated data set, a score and a picture
 # make test: set up, then the tests
+# make cpews: the second method (docs/CPEWS.md) on the generated data set, with its scores
 # make voc DATA=data/VOC2012, make coco DATA=data/COCO2014: the pipeline on those
 # make table4 table5 figures: the paper's ablations, on the generated data set or on DATA= PRESET=;
 #   SEEDS="0 1" for fewer runs, JOBS=4 for more at a time, FULL=1 to train DeepLabv2 as well
+# make cpews2 cpews3 cpews4 cpews5: the same for the second method
 # make demo SEED=1 RUN=runs/toy1: another seed
-# FLAGS="--workers 8": flags for every stage; CLS_FLAGS, SEG_FLAGS: for train_cls.py, train_seg.py
+# FLAGS="--workers 8": flags for every stage; CLS_FLAGS, SEG_FLAGS: for train_cls.py, train_seg.py;
+#   CPEWS_FLAGS: for the training of extras/cpews.py
 PYTHON ?= python3
 SEED ?= 0
 SEEDS ?= 0 1 2 3 4
@@ -17,12 +20,13 @@ PRESET ?=
 FLAGS ?=
 CLS_FLAGS ?=
 SEG_FLAGS ?=
+CPEWS_FLAGS ?=
 RUN = runs/toy
 PY = .venv/bin/python
 # threads that wait leave their core to others at once
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test voc coco table4 table5 figures clean
+.PHONY: demo test voc coco cpews table4 table5 cpews2 cpews3 cpews4 cpews5 figures clean
 .NOTPARALLEL:  # the stages share a run folder, the tables share runs
 
 demo: .venv/ready $(TOY)/image_labels.txt
@@ -39,10 +43,16 @@ voc coco: .venv/ready
 	$(PY) train_seg.py   --data $(DATA) --run runs/$@ --resume $(FLAGS) $(SEG_FLAGS)
 	$(PY) evaluate.py    --data $(DATA) --run runs/$@ --crf $(FLAGS)
 
-table4 table5: .venv/ready $(if $(ON_TOY),$(TOY)/image_labels.txt)
+cpews: RUN = runs/cpews
+cpews: .venv/ready $(TOY)/superclasses.txt
+	$(PY) extras/cpews.py --data $(TOY) --run $(RUN) --seed $(SEED) --resume $(FLAGS) $(CPEWS_FLAGS)
+	$(PY) extras/cpews.py --data $(TOY) --run $(RUN) --predict train $(FLAGS)
+	$(PY) extras/cpews.py --data $(TOY) --run $(RUN) --predict test $(FLAGS)
+
+table4 table5 cpews2 cpews3 cpews4 cpews5: .venv/ready $(if $(ON_TOY),$(TOY)/superclasses.txt)
 	$(PY) extras/ablate.py $@ --data $(DATA) --seeds $(SEEDS) --jobs $(JOBS) \
 		--flags="$(if $(PRESET),--preset $(PRESET)) $(FLAGS)" $(if $(FULL),--full) \
-		--cls-flags="$(CLS_FLAGS)" --seg-flags="$(SEG_FLAGS)"
+		--cls-flags="$(CLS_FLAGS)" --cpews-flags="$(CPEWS_FLAGS)" --seg-flags="$(SEG_FLAGS)"
 
 figures: table4
 	$(PY) extras/figures.py --data $(DATA)
@@ -51,7 +61,8 @@ test: .venv/ready
 	.venv/bin/pip install --quiet -r tests/requirements.txt
 	$(PY) -m pytest -q tests
 
-$(TOY)/image_labels.txt: | .venv/ready
+# a folder of beetles from before superclasses.txt is completed
+$(TOY)/image_labels.txt $(TOY)/superclasses.txt: | .venv/ready
 	$(PY) data.py toy --root $(TOY)
 
 .venv/ready: requirements.txt

@@ -34,6 +34,7 @@ from model import load_model  # noqa: E402
 from support import crf, run  # noqa: E402
 from support.run import DataError  # noqa: E402
 
+WEIGHT_DECAY, POLY_POWER = 0.01, 0.9
 MASK_FLAGS = "cam_scales cam_threshold cam_high cam_low par_dilations scales".split()
 
 
@@ -50,7 +51,8 @@ def parse_args(argv=None):
     add("--backbone", "vit_base_patch16_224.orig_in21k_ft_in1k", "any plain ViT of timm (or "
         "vit_toy), E1", toy="vit_toy")
     add("--crop", 448, "S, side of the random crop in pixels", toy=96, low=1)
-    add("--rescale", [0.5, 2.0], "range of the random rescaling", toy=[1.0, 1.0], nargs=2, low=0.01)
+    add("--rescale", [0.5, 2.0], "range of the random rescaling", toy=[1.0, 1.0], nargs=2,
+        low=0.01, high=100)
     add("--jitter", True, "change brightness, contrast and saturation at random", toy=False)
     add("--batch-size", 4, "images of one step", toy=8, low=1)
     add("--iterations", 20000, "steps after the warm-up", coco=80000, toy=1200, low=1)
@@ -85,6 +87,11 @@ def parse_args(argv=None):
     add("--scales", [1.0, 1.25, 1.5], "input scales of the prediction, which takes their maximum",
         toy=[1.0], nargs="+", low=0.01, high=100)
     crf.add_crf_flags(add, "none", sxy=121.0, srgb=5.0)
+    return checked(flags, argv)
+
+
+def checked(flags, argv):
+    """The arguments, where they go together."""
     args = flags.parse(argv, needed=("run",))
     if args.rescale[0] > args.rescale[1] or args.cam_low > args.cam_high:
         flags.error("--rescale: the smaller number comes first; --cam-low is below --cam-high")
@@ -142,10 +149,27 @@ def image_regions(model, folder, ids, args, device):
         yield f[0].cpu(), exists[0].cpu(), z[0].cpu(), folder.image_labels(image_id)[1:]
 
 
+def new_pools(model, folder, ids, groups, args, device):
+    """E10 with the network as it is; how many prototypes there are goes to the log."""
+    if groups is None:
+        print(f"{folder.root} has no superclasses.txt: SSL takes all negative prototypes for false")
+    regions = image_regions(model.eval(), folder, ids, args, device)
+    pools = make_pools(regions, groups, args.prototypes, args.seed)
+    run.log(args.run, "cpews", **{name: sum(map(len, pools[name])) for name in pools})
+    return pools
+
+
+def parameter_groups(model, lr, head_lr):
+    """AdamW's groups: the ViT, and the other layers at head_lr times its rate."""
+    others = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
+    return [dict(params=[*model.backbone.parameters()], base_lr=lr),
+            dict(params=others, base_lr=head_lr * lr)]
+
+
 def rate(step, total, lr_warm_up):
     """The factor on every learning rate: linear from 1e-6 to 1, then poly decay."""
     return (1 - (1 - step / lr_warm_up) * (1 - 1e-6) if step < lr_warm_up
-            else (1 - step / total) ** 0.9)
+            else (1 - step / total) ** POLY_POWER)
 
 
 def batch_losses(model, encode, batch, pools, args, t):
@@ -183,7 +207,7 @@ def batch_losses(model, encode, batch, pools, args, t):
 
 
 def summary(history):
-    """{name: number} of a round's {name: tensors}: medians of distances, means of the others."""
+    """{name: number} of a round's {name: tensors}: of distances the median, else the mean."""
     whole = {name: torch.cat([part.reshape(-1, *part.shape[1:]) for part in parts]).cpu()
              for name, parts in history.items()}
     z, y = (F.pad(whole.pop(name), (1, 0)) for name in "zy")
@@ -211,10 +235,8 @@ def train(args, device):
     if args.crop % model.patch:
         raise DataError(f"--crop {args.crop} is no multiple of a patch's {model.patch} pixels")
     model.scales, model.amp = args.scales, args.amp
-    heads = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
-    optimizer = torch.optim.AdamW([
-        dict(params=list(model.backbone.parameters()), base_lr=args.lr),
-        dict(params=heads, base_lr=args.head_lr * args.lr)], weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.head_lr), fused=True,
+                                  weight_decay=WEIGHT_DECAY)
     run.restore(path, checkpoint, model=model, optimizer=optimizer)
     done, pools = (checkpoint["step"], checkpoint["pools"]) if checkpoint else (0, None)
 
@@ -230,8 +252,7 @@ def train(args, device):
         batches = loader(crops, args, device, batch_sampler=sampler)
         for step, batch in enumerate(run.progress(batches, f"to step {last}", last - first), first):
             if step in renewals and (args.pdl_weight or args.ssl_weight):
-                regions = image_regions(model.eval(), folder, ids, args, device)
-                pools = make_pools(regions, groups, args.prototypes, args.seed)             # E10
+                pools = new_pools(model, folder, ids, groups, args, device)             # E10
             if step in (done, *renewals):
                 model.train_encoder(step >= args.warm_up or not args.freeze_warm_up)
             images, inside, y = (part.to(device, non_blocking=True) for part in batch)
@@ -252,7 +273,7 @@ def train(args, device):
         speed = len(losses) * args.batch_size / (time.time() - began)
         scores = validate(model, folder, val_ids, args, device)
         run.log(args.run, "cpews", step=last, of=total, loss=loss, **summary(history), **scores,
-                val_images=len(val_ids), images_s=speed)
+                images_s=speed)
         run.save_checkpoint(path, "cpews", model, args, **facts, step=last, pools=pools,
                             optimizer=optimizer.state_dict())
 
@@ -290,7 +311,7 @@ def finished(masks, logits, image, constants):
 
 
 def validate(model, folder, ids, args, device):
-    """{"val_cam": mIoU, ...} of the masks of those ids that have a ground truth."""
+    """{"val_cam": mIoU, ...} of the masks of those ids that have a ground truth, if any has."""
     C, ids = len(folder.classes), [i for i in ids if folder.mask_path(i).is_file()]
     confusions = {name: np.zeros((C, C + 1), np.int64) for name in ("cam", "pseudo", "pred", "aux")}
     for image_id, job in zip(ids, predicted(model.eval(), folder, ids, args, device, None)):
@@ -298,7 +319,8 @@ def validate(model, folder, ids, args, device):
         for confusion, mask in zip(confusions.values(), finished(*job)):
             confusion += evaluate.confusion_matrix(mask, truth, C)
     model.train()
-    return {f"val_{name}": evaluate.miou(confusion) for name, confusion in confusions.items()}
+    scores = {f"val_{name}": evaluate.miou(confusion) for name, confusion in confusions.items()}
+    return dict(scores, val_images=len(ids)) if ids else {}
 
 
 def write_masks(args, device):

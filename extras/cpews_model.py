@@ -146,7 +146,7 @@ def region_features(raw, features, threshold, floor=1e-4):
     Where no score of a class is positive, its region is empty and its f is 0.
     """
     best = raw.detach().amax(dim=(2, 3), keepdim=True)
-    regions = (raw.detach().relu() / (best + floor) > threshold) & (best > 0)
+    regions = raw.detach().relu() / (best + floor) > threshold
     sums = torch.einsum("bohw,bdhw->bod", regions.type_as(features), features)
     return sums / (regions.sum(dim=(2, 3))[..., None] + 1e-5), regions
 

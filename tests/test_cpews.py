@@ -156,6 +156,9 @@ def test_cam_by_hand():
     assert not cam[0, 1].any() and aux_cam[0, 0, 0, 0].item() == approx(1, 1e-4)  # absent; -map
     cam, _ = model.cams(-image.abs(), y, [1.0])
     assert torch.equal(cam, torch.zeros(1, 2, 2, 2))  # no NaN
+    image[0, 0] = torch.tensor([[1.0, 2], [2, 3]])
+    cam, _ = model.cams(image, y, [1.0])
+    assert torch.allclose(cam[0, 0], torch.tensor([[0, 0.5], [0.5, 1]]), atol=1e-5)
 
 
 def test_cams_turn_the_flipped_run_back_and_sum_over_scales():
@@ -220,7 +223,8 @@ def test_a_token_is_inside_where_its_middle_is():
     ([[1, 1], [0, 0]], 0.1), ([[1, 0], [1, 0]], 13 / 18), ([[1, 1], [0, 255]], 1 / 6),
     ([[255, 255], [255, 255]], 0.5)])
 def test_ism_by_hand(labels, expected):
-    features = torch.eye(2)[[0, 0, 1, 1]].T.reshape(1, 2, 2, 2).clone().requires_grad_()
+    features = torch.tensor([[1.0, 0], [-2, 0], [0, 1], [0, -3]])  # cosines -1, 0, -1
+    features = features.T.reshape(1, 2, 2, 2).clone().requires_grad_()
     loss = cpews_model.ism_loss(features, torch.tensor([labels]))
     loss.backward()
     assert loss.item() == approx(expected)
@@ -313,7 +317,7 @@ def test_regions_come_from_the_trained_pairs_and_scores_from_the_maximum(toy):
 
 def test_the_losses_of_the_prototypes_use_w_on_f():
     """W and W' that peak at different tokens: f_c is F at W's, and no loss knows W'."""
-    model = pixel_network([[1, 0, 0]], [[0, -9, 0]])
+    model = pixel_network([[1, 0, 0]], [[0, 9, 0]])
     image = torch.zeros(1, 3, 1, 2)
     image[0, 0, 0, 0] = image[0, 1, 0, 1] = 1
     args = cpews.parse_args(TOY)
@@ -340,7 +344,7 @@ def test_pdl_by_hand():
     features, W, raw, f, regions = activated()
     assert regions.all() and torch.allclose(f[0, 0], torch.tensor([0.5, 0.5]), atol=1e-4)
     distances = cpews_model.prototype_distances(
-        f, regions.any(3).any(2), pools(P=[(0.5, 0.5)], N=[(1.5, 0.5), (9, 9)]))
+        f, regions.any(3).any(2), pools(P=[(0, 1), (1, 0)], N=[(1.5, 0.5), (9, 9)]))
     near, far = (distances / 13 + 0.1)[0].tolist()
     assert near == approx(0.100769, 1e-5)
     assert -math.log(1 - math.exp(-far)) == approx(1.944426, 1e-4)
@@ -380,6 +384,16 @@ def test_without_prototypes_or_label_no_token_is_wrong(P, U, y):
     y = torch.full((1, 1), y)
     scores = cpews_model.false_scores(raw, features, regions, y, pools(P=P, U=U))
     assert len(scores) == 0 and cpews_model.ssl_loss(scores) == 0
+
+
+def test_a_token_outside_the_region_is_left_alone():
+    features, W = tokens((1, 0), (-1, 2)), W_F  # M = (2, 0), and F_2 is nearer to U_c
+    raw = torch.einsum("od,bdhw->bohw", W, features)
+    _, regions = cpews_model.region_features(raw, features, 0.1)
+    made = pools(P=[(1, 0)], U=[(0, 1)])
+    assert len(cpews_model.false_scores(raw, features, regions, torch.ones(1, 1), made)) == 0
+    regions[:] = True
+    assert len(cpews_model.false_scores(raw, features, regions, torch.ones(1, 1), made)) == 1
 
 
 # --- E14, E15: the decoder's labels and its loss -----------------------------------------------

@@ -243,7 +243,8 @@ def test_a_quick_benchmark_fills_its_table(capsys):
     for part, setting, _, unit, note in rows:
         notes.setdefault(part, []).append((setting, unit, note))
     assert {"matrix product", "load, flip", "load, flip, jitter", "load, rescale, crop, flip",
-            "stage 3 step", "CRF, torch", "stage 4, no CRF", "stage 4, score",
+            "stage 3 step", "CPEWS step", "- maps, E6", "- pixel labels, E13, E14", "CRF, torch",
+            "stage 4, no CRF", "stage 4, score",
             "peak memory"} <= set(notes)
     for context in ("hv", "raster", "conv", "pool"):
         assert "of the ceiling" in notes[f"stage 1 step, {context}"][0][2]
