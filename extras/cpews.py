@@ -177,8 +177,9 @@ def batch_losses(model, encode, batch, pools, args, t):
     images, inside, y = batch
     features, aux = encode(images)                                            # E1, E2
     z, aux_z = model.scores(features, aux)                                    # E3
-    losses, seen = dict(cls=F.multilabel_soft_margin_loss(z, y),              # E4
-                        aux=F.multilabel_soft_margin_loss(aux_z, y)), dict(z=z, y=y)
+    losses = dict(cls=F.multilabel_soft_margin_loss(z, y),                    # E4
+                  aux=F.multilabel_soft_margin_loss(aux_z, y))
+    seen = dict(z=z, y=y)
     ism, decoder = (weight > 0 and t >= max(0, first) for weight, first in (
         (args.ism_weight, args.ism_from), (args.seg_weight, args.seg_from)))
     if ism or decoder:

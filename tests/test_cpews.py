@@ -729,10 +729,11 @@ def edit(path, change):
     path.write_text(change(path.read_text()))
 
 
-def test_without_superclasses_all_negatives_count(small, tmp_path):
+def test_without_superclasses_all_negatives_count(small, tmp_path, capsys):
     folder = shutil.copytree(small, tmp_path / "data")
     (folder / "superclasses.txt").unlink()
     pools = trained(folder, tmp_path / "run", "--iterations", "1")["pools"]
+    assert "has no superclasses.txt: SSL takes all negative" in capsys.readouterr().out
     assert any(len(U) for U in pools["U"])
     assert all(torch.equal(N, U) for N, U in zip(pools["N"], pools["U"]))
     shutil.copy(small / "superclasses.txt", folder)
