@@ -112,7 +112,9 @@ def initialise(module):
     for name, parameter in module.named_parameters(recurse=False):
         if name.startswith("weight_hh"):
             nn.init.orthogonal_(parameter)
-        elif name.startswith("weight") and not isinstance(module, nn.Conv2d):
+        elif isinstance(module, nn.Conv2d) and name == "weight":
+            nn.init.dirac_(parameter, module.groups)  # each patch as it is
+        elif name.startswith("weight"):
             nn.init.xavier_uniform_(parameter)
         elif name.startswith("bias"):
             nn.init.zeros_(parameter)

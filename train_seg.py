@@ -41,10 +41,10 @@ def parse_args(argv=None):
     add("--rates", [6, 12, 18, 24], "dilations of ASPP", toy=[1, 2, 3, 4], nargs="+", low=1)
     add("--freeze-bn", True, "keep the batch norms of the ImageNet weights", toy=False)
     add("--batch-size", 10, "images of one iteration, over all ranks together", low=1)
-    add("--iterations", 20000, "optimiser steps; the poly decay ends there", coco=100000, toy=1500,
+    add("--iterations", 20000, "optimiser steps; the poly decay ends there", coco=100000, toy=1000,
         low=1)
     add("--save-every", 1000, "iterations between two checkpoints", coco=5000, toy=500, low=1)
-    add("--lr", 2.5e-4, "of the backbone, before the poly decay", toy=0.05, low=1e-9, high=10)
+    add("--lr", 2.5e-4, "of the backbone, before the poly decay", toy=0.02, low=1e-9, high=10)
     add("--warm-up", 0, "first iterations, over which the rates rise linearly", toy=50)
     add("--aspp-lr", 10.0, "ASPP's rate as a multiple of --lr; its biases get twice that", toy=1.0,
         high=1000)

@@ -127,3 +127,9 @@ def test_the_head_starts_as_keras_does():
             expected[H:2 * H] = "bias_ih" in name
             assert torch.equal(parameter, expected)
     assert not model.context.proj.bias.any()
+
+
+def test_conv_starts_with_each_patch_as_it_is():
+    grid = torch.randn(B, 128, h, w)
+    torch.testing.assert_close(
+        CPFCTE(ClassifierConfig(C, "vit_toy", context="conv")).context.mix(grid), grid)
