@@ -1,6 +1,7 @@
 # make demo: set up, then the whole pipeline on a generated data set, a score and a picture
 # make test: set up, then the tests
 # make voc DATA=data/VOC2012, make coco DATA=data/COCO2014: the pipeline on those
+# make voc-small: VOC 2012 without a GPU: small networks, an hour on four cores
 # make table4 table5 figures: the paper's ablations, on the generated data set or on DATA= PRESET=;
 #   SEEDS="0 1" for fewer runs, JOBS=4 for more at a time, FULL=1 to train DeepLabv2 as well
 # make demo SEED=1 RUN=runs/toy1: another seed
@@ -22,7 +23,7 @@ PY = .venv/bin/python
 # threads that wait leave their core to others at once
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test voc coco table4 table5 figures clean
+.PHONY: demo test voc coco voc-small table4 table5 figures clean
 .NOTPARALLEL:  # the stages share a run folder, the tables share runs
 
 demo: .venv/ready $(TOY)/image_labels.txt
@@ -31,9 +32,10 @@ demo: .venv/ready $(TOY)/image_labels.txt
 	$(PY) train_seg.py   --data $(TOY) --run $(RUN) --seed $(SEED) --resume
 	$(PY) evaluate.py    --data $(TOY) --run $(RUN)
 
-voc: DATA = data/VOC2012
+voc voc-small: DATA = data/VOC2012
+voc-small: FLAGS += --preset voc-small
 coco: DATA = data/COCO2014
-voc coco: .venv/ready
+voc coco voc-small: .venv/ready
 	$(PY) train_cls.py   --data $(DATA) --run runs/$@ --resume $(FLAGS) $(CLS_FLAGS)
 	$(PY) make_pseudo.py --data $(DATA) --run runs/$@ $(FLAGS)
 	$(PY) train_seg.py   --data $(DATA) --run runs/$@ --resume $(FLAGS) $(SEG_FLAGS)

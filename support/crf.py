@@ -38,7 +38,7 @@ def crf_backend(name, device):
     if name == "pydensecrf" and densecrf is None:
         raise DataError("pydensecrf is not installed: --crf torch gives the same labels")
     if name == "auto":
-        return "pydensecrf" if device.type == "cpu" and densecrf else "torch"
+        return "pydensecrf" if device.type != "cuda" and densecrf else "torch"
     return name
 
 

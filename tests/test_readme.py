@@ -29,7 +29,7 @@ def test_commands_parse(command):
 
 def test_make_targets_variables_and_the_flags_they_pass_on_exist():
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(" ".join(re.findall(r"^([\w ./]+):", makefile, re.MULTILINE)).split())
+    targets = set(" ".join(re.findall(r"^([\w ./-]+):", makefile, re.MULTILINE)).split())
     variables = set(re.findall(r"^(\w+) \??=", makefile, re.MULTILINE))
     inline = re.findall(r"`(make [^`\n]+)`", "".join(PAGES.values()))
     commands = [c for c in COMMANDS if c.startswith("make ")] + inline
