@@ -448,6 +448,13 @@ CHECKPOINTS = [
      "--backbone resnet_toy does not fit this stage, which needs a plain ViT"),
     ("a ViT for a CNN", lambda: None, "seg --overwrite --backbone vit_toy",
      "--backbone vit_toy does not fit this stage, which needs a CNN"),
+    *[("no Apple GPU", lambda: None, "cls --run new --device mps",
+       "--device mps: this machine or this torch has no Apple GPU")
+      for _ in range(not torch.backends.mps.is_available())],
+    ("windows of broken patches", lambda: None, "pseudo --overwrite --window 20",
+     "--window 20 and --stride 8: take multiples of 8"),
+    ("windows with gaps between them", lambda: None, "eval --window 32 --stride 40",
+     "--window 32 and --stride 40: .* a stride of at most the window"),
     ("a backbone that is none", lambda: None, "cls --run new --backbone vit_huge_toy",
      "timm has no model 'vit_huge_toy'"),
     ("tokens that nothing reads", lambda: None,
