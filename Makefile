@@ -5,6 +5,8 @@
 # make table4 table5 figures: the paper's ablations, on the generated data set or on DATA= PRESET=;
 #   SEEDS="0 1" for fewer runs, JOBS=4 for more at a time, FULL=1 to train DeepLabv2 as well
 # make demo SEED=1 RUN=runs/toy1: another seed
+# make starter DIR=../assignment: the exercises of docs/TEACHING.md; make check EQ=8: one's tests
+#   (EQ=1 to 10, confusion, iou, deeplabv2)
 # FLAGS="--workers 8": flags for every stage; CLS_FLAGS, SEG_FLAGS: for train_cls.py, train_seg.py
 PYTHON ?= python3
 SEED ?= 0
@@ -18,12 +20,15 @@ PRESET ?=
 FLAGS ?=
 CLS_FLAGS ?=
 SEG_FLAGS ?=
+DIR ?= ../assignment
+EQ ?=
 RUN = runs/toy
 PY = .venv/bin/python
+CHECKS = $(wildcard tests/test_eq*.py) tests/test_score.py tests/test_deeplabv2.py
 # threads that wait leave their core to others at once
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test voc coco voc-small table4 table5 figures clean
+.PHONY: demo test voc coco voc-small table4 table5 figures starter check clean
 .NOTPARALLEL:  # the stages share a run folder, the tables share runs
 
 demo: .venv/ready $(TOY)/image_labels.txt
@@ -49,9 +54,15 @@ table4 table5: .venv/ready $(if $(ON_TOY),$(TOY)/image_labels.txt)
 figures: table4
 	$(PY) extras/figures.py --data $(DATA)
 
-test: .venv/ready
-	.venv/bin/pip install --quiet -r tests/requirements.txt
+starter: .venv/ready
+	$(PY) extras/starter.py $(DIR)
+
+test: .venv/tests
 	$(PY) -m pytest -q tests
+
+check: .venv/tests
+	$(PY) -m pytest -q $(CHECKS) \
+		-m $(if $(filter 1 2 3 4 5 6 7 8 9 10,$(EQ)),eq)$(or $(EQ),$(error EQ is needed: make check EQ=8))
 
 $(TOY)/image_labels.txt: | .venv/ready
 	$(PY) data.py toy --root $(TOY)
@@ -61,6 +72,10 @@ $(TOY)/image_labels.txt: | .venv/ready
 	.venv/bin/pip install --quiet -r requirements.txt
 	.venv/bin/pip install --quiet pydensecrf2 > .venv/pydensecrf2.log 2>&1 || \
 		echo "pydensecrf2 cannot be built here (.venv/pydensecrf2.log): support/crf.py computes the CRF"
+	touch $@
+
+.venv/tests: tests/requirements.txt .venv/ready
+	.venv/bin/pip install --quiet -r tests/requirements.txt
 	touch $@
 
 clean:
