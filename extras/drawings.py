@@ -346,10 +346,12 @@ def draw_beetle(args):
 def reach(context, side, row=None, column=None):
     """(side, side) float64: the norm of the derivative of one patch's output by each patch.
 
-    Of ContextFusion as training starts with it, fed with noise; exactly zero: no influence.
+    Of ContextFusion with random weights, fed with noise; exactly zero: no influence.
     """
     torch.manual_seed(0)
     model = CPFCTE(ClassifierConfig(len(TOY_CLASSES), "vit_toy", context=context)).eval()
+    if context == "conv":  # training starts it with each patch as it is
+        nn.init.normal_(model.context.mix.weight)
     tokens = torch.randn(1, side, side, model.backbone.embed_dim)
     row, column = side // 3 if row is None else row, side // 2 if column is None else column
     derivative = torch.autograd.functional.jacobian(
@@ -380,7 +382,7 @@ def draw_cross(args, side=12):
                       f"{about}: {(strength > 0).sum()} of {side * side}", cmap="viridis",
                       norm=LogNorm(1e-6 * strength.max(), strength.max()))
         draw_reach(panel, side)
-    axis.text(4, 0.17, "Derivative of the output at the red frame by each patch, before training. "
+    axis.text(4, 0.17, "Derivative of the output at the red frame by each patch; random weights. "
               "White: exactly 0.\nYellow: the largest; dark blue: a millionth of it, or less.",
               ha="center", va="center", fontsize=8)
     return figure
