@@ -7,6 +7,7 @@
 # make demo SEED=1 RUN=runs/toy1: another seed
 # make starter DIR=../assignment: the exercises of docs/TEACHING.md; make check EQ=8: one's tests
 #   (EQ=1 to 10, confusion, iou, deeplabv2)
+# make gpu: is a GPU right, how fast is it, what misses its goal; PART=stage1 repeats one part
 # FLAGS="--workers 8": flags for every stage; CLS_FLAGS, SEG_FLAGS: for train_cls.py, train_seg.py
 PYTHON ?= python3
 SEED ?= 0
@@ -16,6 +17,7 @@ DATA ?= $(TOY)
 ON_TOY = $(filter $(TOY),$(DATA))
 JOBS ?= $(if $(ON_TOY),2,1)
 FULL ?=
+PART ?=
 PRESET ?=
 FLAGS ?=
 CLS_FLAGS ?=
@@ -28,7 +30,7 @@ CHECKS = $(wildcard tests/test_eq*.py) tests/test_score.py tests/test_deeplabv2.
 # threads that wait leave their core to others at once
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test voc coco voc-small table4 table5 figures starter check clean
+.PHONY: demo test gpu voc coco voc-small table4 table5 figures starter check clean
 .NOTPARALLEL:  # the stages share a run folder, the tables share runs
 
 demo: .venv/ready $(TOY)/image_labels.txt
@@ -63,6 +65,9 @@ test: .venv/tests
 check: .venv/tests
 	$(PY) -m pytest -q $(CHECKS) \
 		-m $(if $(filter 1 2 3 4 5 6 7 8 9 10,$(EQ)),eq)$(or $(EQ),$(error EQ is needed: make check EQ=8))
+
+gpu: .venv/tests
+	$(PY) extras/gpu.py $(if $(PART),--only $(PART))
 
 $(TOY)/image_labels.txt: | .venv/ready
 	$(PY) data.py toy --root $(TOY)

@@ -70,10 +70,10 @@ def validate(model, dataset, args, device):
     in_order = [(index, 0) for index in range(len(dataset))]
     for images, _ in loader(dataset, args, device, batch_size=args.batch_size, sampler=in_order):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            patch_probs = model(images.to(device) / 255)
-        scores.append(pool_patches(patch_probs, args.pool, args.top_k).cpu())
+            patch_probs = model(images.to(device, non_blocking=True) / 255)
+        scores.append(pool_patches(patch_probs, args.pool, args.top_k))
     model.train()
-    return mean_average_precision(torch.cat(scores), dataset.labels)
+    return mean_average_precision(torch.cat(scores).cpu(), dataset.labels)
 
 
 def mean_average_precision(scores, labels):
