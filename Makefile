@@ -1,7 +1,7 @@
 # make demo: set up, then the whole pipeline on a generated data set, a score and a picture
 # make test: set up, then the tests
 # make voc DATA=data/VOC2012, make coco DATA=data/COCO2014: the pipeline on those
-# make voc-small: VOC 2012 without a GPU: small networks, an hour on four cores
+# make voc-small: VOC 2012 without a GPU: small networks, small sizes, few steps
 # make table4 table5 figures: the paper's ablations, on the generated data set or on DATA= PRESET=;
 #   SEEDS="0 1" for fewer runs, JOBS=4 for more at a time, FULL=1 to train DeepLabv2 as well
 # make demo SEED=1 RUN=runs/toy1: another seed
