@@ -8,7 +8,7 @@ Writes: ROOT/JPEGImages/ID.jpg                    the images, RGB
         ROOT/ImageSets/Segmentation/SPLIT.txt     one id a line
         ROOT/classes.txt                          one class name a line, background first
         ROOT/image_labels.txt                     "ID name name ...": all that training is told
-        ROOT/preset.txt                           the preset that the stages start from
+        ROOT/preset.txt, superclasses.txt         the stages' defaults; which classes are alike
         ROOT/Parts/ID.png, Parts/names.txt        toy only: 1 body, 2 head
 Any folder like that is a data set; only preset.txt and Parts/ tell the stages which one it is.
 """

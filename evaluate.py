@@ -159,7 +159,7 @@ def predict_logits(model, image, device, amp, window=None, stride=None, bar=iter
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(images.to(device) / 255)[-1]
         if not logits.isfinite().all():
-            raise DataError("DeepLabv2 gives numbers that are not finite: train again, lower --lr")
+            raise DataError(f"{type(model).__name__} gives numbers that are not finite: lower --lr")
         return logits.permute(0, 2, 3, 1).softmax(dim=-1)
 
     model.eval()
@@ -280,7 +280,7 @@ def segment_photo(args, model, classes, device, crf):
     mask = predict(logits, image, crf)
     save_mask(args.out, mask)
     names = {k: classes[k] for k in np.unique(mask).tolist()}
-    draw_overlay(path, image, mask, names, [args.image.name, "DeepLabv2"])
+    draw_overlay(path, image, mask, names, [args.image.name, type(model).__name__])
     print(f"{args.out} and {path}: {', '.join(names.values())}")
 
 

@@ -293,11 +293,11 @@ class DeepLabv2(Network):
                 module.eval().requires_grad_(False)
 
 
-def load_model(path, kind):
-    """(network, checkpoint) of RUN/cls.pt or RUN/seg.pt, with its weights, ready to use."""
+def load_model(path, kind, config=None, model=None):
+    """(network, checkpoint) of RUN/cls.pt, RUN/seg.pt or another kind of network, ready to use."""
     checkpoint = load_checkpoint(path, kind)
     config, model = {"cls": (ClassifierConfig, CPFCTE),
-                     "seg": (SegmenterConfig, DeepLabv2)}[kind]
+                     "seg": (SegmenterConfig, DeepLabv2)}.get(kind, (config, model))
     try:
         network = model(config(**checkpoint["config"]))
     except TypeError as error:

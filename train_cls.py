@@ -9,7 +9,7 @@ import math
 import time
 
 import torch
-from torchmetrics.functional.classification import multilabel_average_precision
+from torchmetrics.functional.classification import binary_average_precision
 
 from data import AUGMENT, Folder, LabelledImages, batches, loader
 from model import CPFCTE, ClassifierConfig, classification_loss, pool_patches
@@ -78,12 +78,11 @@ def validate(model, dataset, args, device):
 
 def mean_average_precision(scores, labels):
     """Mean over the object classes that occur of the average precision; (n, C) each."""
-    occurs = labels.any(dim=0)
-    occurs[0] = False  # background
-    if not occurs.any():
+    occurs = labels[:, 1:].any(dim=0).nonzero().flatten() + 1
+    if not len(occurs):
         return None
-    return multilabel_average_precision(scores[:, occurs], labels[:, occurs].long(),
-                                        int(occurs.sum())).item()
+    return torch.stack([binary_average_precision(scores[:, c], labels[:, c].long())
+                        for c in occurs]).mean().item()
 
 
 def main(args):

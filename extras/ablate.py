@@ -1,6 +1,7 @@
-"""Tables 4 and 5 and sweeps around them: train and score variants over seeds, one table a study.
+"""Tables and sweeps of both methods: train and score variants over seeds, one table a study.
 
 Run:    python extras/ablate.py table4 table5 --data data/toy --jobs 2
+        python extras/ablate.py cpews3 cpews4 cpews5 --data data/toy --jobs 2
 Writes: OUT/DATA/FLAGS/sSEED/ (a run folder), OUT/DATA/STUDY-SPLIT.md (the table)
 Studies share the runs of equal flags, and what is done is skipped: a killed job, another seed or a
 new variant (one line of STUDIES) costs only what is missing.
@@ -19,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from support.run import DataError, launch, number, write_lines  # noqa: E402  no package
 
-# study -> rows: name, the paper's mIoU, flags of train_cls.py, flags of make_pseudo.py
+# study -> rows: name, the paper's mIoU, flags of train_cls.py, flags of make_pseudo.py; where the
+# first ones begin with "cpews", both are flags of extras/cpews.py
 STUDIES = {
     "table4": [("baseline", 65.2, "--class-tokens none --context none", ""),
                ("+ class tokens", 67.1, "--context none", ""),
@@ -36,7 +38,21 @@ STUDIES = {
     "max-norm": [("with", "-", "", ""), ("without", "-", "", "--no-max-norm")],
     "size-toy": [(f"{s}x{s}", "-", "", f"--size {s}") for s in (64, 96, 144, 192)],
     "size-voc": [(f"{s}x{s}", "-", "", f"--size {s}") for s in (384, 640, 960, 1280)],
+    "cpews2": [("decoder", "69.8 val, 71.4 test", "cpews", ""),
+               ("decoder, CRF", "72.6 test", "cpews", "--crf")],
+    "cpews3": [(f"{u} updates", paper, "cpews" + f" --pool-updates {u}" * (u > 0), "")
+               for u, paper in ((0, 64.5), (1, "-"), (2, 61.5), (5, 45.5))],
+    "cpews4": [("cls + seg", "-", "cpews --ism-weight 0 --pdl-weight 0 --ssl-weight 0", ""),
+               ("+ ISM", "-", "cpews --pdl-weight 0 --ssl-weight 0", ""),
+               ("+ PDL", "-", "cpews --ssl-weight 0", ""), ("+ SSL", "-", "cpews", ""),
+               ("+ SSL at 0.05", "-", "cpews --ssl-weight 0.05", "")],
+    "cpews5": [(f"block {a}", "-", f"cpews --aux-block {a}", "") for a in (2, 3, 4)],
+    "cpews5-voc": [(f"block {a}", "-", f"cpews --aux-block {a}", "") for a in (8, 10, 12)],
 }
+METHODS = {  # training, its checkpoint, what makes masks of a split, {column: folder of masks}
+    "cls": ("train_cls.py", "cls.pt", "make_pseudo.py --split", {"BPM": "bpm", "CRF": "pseudo"}),
+    "cpews": ("extras/cpews.py", "cpews.pt", "extras/cpews.py --predict",
+              {"cam": "cam", "pseudo": "pseudo", "pred": "pred"})}
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t at 95 %, df 1 to 9
 
 
@@ -52,6 +68,7 @@ def parse_args(argv=None):
     add("--full", action="store_true", help="train and score DeepLabv2 as well")
     add("--flags", default="", help='more flags of every stage: --flags="--preset voc --workers 8"')
     add("--cls-flags", default="", help="more flags of train_cls.py, for every variant")
+    add("--cpews-flags", default="", help="more flags of extras/cpews.py, likewise")
     add("--seg-flags", default="", help="more flags of train_seg.py, with --full")
     add("--jobs", type=number(int, 1, 64), default=1, help="runs at a time; they share CPU and GPU")
     return parser.parse_args(argv)
@@ -77,12 +94,38 @@ def call(args, run, script, *flags):
         raise DataError(f"{script} ended with code {code} ({log}): {last}")
 
 
-def run_variant(args, cls_flags, pseudo_flags, seed):
+def columns_of(results, prefix):
+    """{column: %} of one score: the parts that it finds, and background that it calls object."""
+    parts, row = results.get("part_recall", {}), results["confusion"][0]
+    return {f"{prefix}{part} found": 100 * recall for part, recall in parts.items()} | {
+        f"{prefix}background called object": 100 * (1 - row[0] / sum(row))}
+
+
+def run_deeplab(args, run, method, mask_flags, seed):
+    """Train DeepLabv2 on the masks of the training split; what its results.json says."""
+    seg, masks = run, []
+    if method == "cls":
+        call(args, run, "make_pseudo.py", *mask_flags.split())
+    else:  # RUN/pred is the decoder's: DeepLabv2 has a folder of its own
+        seg, masks = run / "deeplab", ["--masks", run / "pseudo"]
+        seg.mkdir(exist_ok=True)
+        splits = [split for split in ("trainaug", "train")
+                  if (args.data / f"ImageSets/Segmentation/{split}.txt").is_file()]
+        call(args, run, "extras/cpews.py", "--predict", splits[0], *mask_flags.split())
+    flags = ["--seed", seed, "--resume", *masks, *shlex.split(args.seg_flags)]
+    call(args, seg, "train_seg.py", *flags)
+    call(args, seg, "evaluate.py", "--split", args.split)
+    return json.loads((seg / "results.json").read_text())
+
+
+def run_variant(args, train_flags, mask_flags, seed):
     """Train (unless that is done), make masks, score them; return {column of the table: %}."""
-    trained = args.out / args.data.resolve().name / folder_name(cls_flags) / f"s{seed}"
-    run = trained / folder_name(pseudo_flags) if pseudo_flags else trained
+    method = "cpews" if train_flags.startswith("cpews") else "cls"
+    train, checkpoint, write, columns = METHODS[method]
+    trained = args.out / args.data.resolve().name / folder_name(train_flags) / f"s{seed}"
+    run = trained / folder_name(mask_flags) if mask_flags else trained
     note = run / f"scores-{args.split}.json"
-    flags = shlex.split(args.cls_flags) + cls_flags.split()
+    flags = shlex.split(vars(args)[f"{method}_flags"]) + train_flags.removeprefix("cpews").split()
     settings = [str(args.data.resolve()), flags, shlex.split(args.seg_flags)]
     saved = json.loads(note.read_text()) if note.is_file() else {}
     if saved and saved["settings"] != settings:
@@ -90,28 +133,24 @@ def run_variant(args, cls_flags, pseudo_flags, seed):
     if saved and ("DeepLabv2" in saved["scores"] or not args.full):
         return saved["scores"]
     run.mkdir(parents=True, exist_ok=True)
-    call(args, trained, "train_cls.py", "--seed", seed, "--resume", *flags)
-    if pseudo_flags and not (run / "cls.pt").is_symlink():
-        (run / "cls.pt").symlink_to("../cls.pt")
-    call(args, run, "make_pseudo.py", "--split", args.split, *pseudo_flags.split())
-    scores, results = {}, {}
-    for column, masks in (("BPM", "bpm"), ("CRF", "pseudo")):
+    call(args, trained, train, "--seed", seed, "--resume", *flags)
+    if mask_flags and not (run / checkpoint).is_symlink():
+        (run / checkpoint).symlink_to(f"../{checkpoint}")
+    call(args, run, *write.split(), args.split, *mask_flags.split())
+    results = {}
+    for masks in columns.values():
         call(args, run, "evaluate.py", "--split", args.split, "--masks", run / masks)
         results[masks] = json.loads((run / masks / "results.json").read_text())
-        scores[column] = 100 * results[masks]["miou"]
-    scores |= {f"{p} found": 100 * r for p, r in results["bpm"].get("part_recall", {}).items()}
-    row = results["bpm"]["confusion"][0]
-    scores["background called object"] = 100 * (1 - row[0] / sum(row))
+    scores = {column: 100 * results[masks]["miou"] for column, masks in columns.items()}
+    for masks, prefix in (("bpm", ""), ("cam", "cam: "), ("pred", "pred: ")):
+        scores |= columns_of(results[masks], prefix) if masks in results else {}
     if args.full:
-        call(args, run, "make_pseudo.py", *pseudo_flags.split())
-        call(args, run, "train_seg.py", "--seed", seed, "--resume", *shlex.split(args.seg_flags))
-        call(args, run, "evaluate.py", "--split", args.split)
-        results["pred"] = json.loads((run / "results.json").read_text())
-        scores["DeepLabv2"] = 100 * results["pred"]["miou"]
-        parts = results["pred"].get("part_recall", {}).items()
+        results["deeplab"] = run_deeplab(args, run, method, mask_flags, seed)
+        scores["DeepLabv2"] = 100 * results["deeplab"]["miou"]
+        parts = results["deeplab"].get("part_recall", {}).items()
         scores |= {f"DeepLabv2: {p} found": 100 * r for p, r in parts}
     write_lines(note, [json.dumps(dict(settings=settings, scores=scores, results=results))])
-    print(f"{run}  BPM {scores['BPM']:.1f}  CRF {scores['CRF']:.1f}", flush=True)
+    print(f"{run}  " + "  ".join(f"{name} {scores[name]:.1f}" for name in columns), flush=True)
     return scores
 
 
@@ -128,7 +167,8 @@ def table(rows, results, scores, gain=None):
     confidence interval (Student's t).
     """
     n = len(results[0])
-    heads = ["variant", *(["paper (DeepLabv2, VOC val)", "seeds"] if gain else []),
+    source = "paper (decoder, VOC)" if "pred" in scores else "paper (DeepLabv2, VOC val)"
+    heads = ["variant", *([source, "seeds"] if gain else []),
              *sum(([score, "sd"] for score in scores), []),
              *([f"gain in {gain}", "95 % interval"] if gain else [])]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -149,9 +189,9 @@ def table(rows, results, scores, gain=None):
 def tables(rows, results):
     """Two tables: the masks' mIoU with the gain of the last step, and what they find."""
     names = [name for name in results[0][0] if all(name in seed for row in results for seed in row)]
-    masks = [name for name in ("BPM", "CRF", "DeepLabv2") if name in names]
+    masks = [name for name in ("BPM", "CRF", "cam", "pseudo", "pred", "DeepLabv2") if name in names]
     found = [name for name in names if name not in masks]
-    gain = "DeepLabv2" if "DeepLabv2" in masks else "BPM"
+    gain = next(name for name in ("DeepLabv2", "pred", "BPM") if name in masks)
     return [*table(rows, results, masks, gain), *(["", *table(rows, results, found)] * bool(found))]
 
 

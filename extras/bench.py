@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data, evaluate, model, train_seg  # noqa: E401, E402  no package
+import cpews, cpews_model, data, evaluate, model, train_seg  # noqa: E401, E402  no package
 from support import crf, run  # noqa: E402
 
 SIZES = {False: dict(vit="vit_base_patch16_384", sides=(384, 640, 960, 1280), blocks=5, C=21,
@@ -222,6 +222,50 @@ def bench_segmenter(args, image):
     row(args, "stage 4, score", "CPU", ms, "ms/image", f"{ratio:.2f} x torchmetrics'")
 
 
+def bench_cpews(args):
+    """CPEWS: a step of the main loop and its parts; with --quick of the toy preset, else of voc."""
+    recipe = cpews.parse_args(["--data", "-", "--run", "-", "--preset", "toy" if args.quick else
+                               "voc", "--ism-from", "0", "--seg-from", "0"])
+    net = cpews_model.CPEWS(cpews_model.CPEWSConfig(
+        args.C, recipe.backbone, recipe.aux_block, recipe.fov_dilation)).to(args.device)
+    net.amp, O, D = args.device.type == "cuda", args.C - 1, net.backbone.embed_dim
+    net.train_encoder(True)
+    images = torch.rand(recipe.batch_size if args.quick or net.amp else 1, 3, recipe.crop,
+                        recipe.crop, device=args.device)
+    y = torch.zeros(len(images), O, device=args.device)
+    y[:, :2] = 1
+    batch = images, images[:, 0] >= 0, y
+    pools = {name: [torch.randn(10, D, device=args.device) for _ in range(O)] for name in "PNU"}
+    def _loss(layers):
+        losses, _ = cpews.batch_losses(net, lambda _: layers, batch, pools, recipe, 0)
+        return sum(losses.values())
+    whole = bench_step(args, "CPEWS step", net.encode, images, _loss,
+                       torch.optim.AdamW(net.parameters(), fused=True))
+    features, aux = (layer.detach().requires_grad_() for layer in net.encode(images))
+    raw, cams = net.maps(features, aux)[0], net.cams(images, y, recipe.cam_scales)
+    thresholds = recipe.cam_high, recipe.cam_low
+    def _labels():
+        return cpews_model.pixel_labels(cams[0], images, y, batch[1], *thresholds,
+                                        recipe.par_dilations)
+    def _prototypes():
+        f, regions = cpews_model.region_features(raw, features, recipe.mask_threshold)
+        cpews_model.prototype_distances(f, y > 0, pools)
+        cpews_model.false_scores(raw, features, regions, y, pools)
+    targets = _labels()
+    parts = {"F and A, backward, too": lambda: sum(map(torch.sum, net.encode(images))).backward(),
+             "maps, E6": lambda: net.cams(images, y, recipe.cam_scales),
+             "ISM, E7, E8": lambda: cpews_model.ism_loss(features, cpews_model.token_labels(
+                 cams[1], batch[1], aux.shape[2:], *thresholds)).backward(),
+             "prototypes, E9, E11, E12": _prototypes,
+             "pixel labels, E13, E14": _labels,
+             "decoder, E5, E15": lambda: cpews_model.seg_loss(net.segment(features),
+                                                              targets).backward()}
+    for name, part in parts.items():
+        ms = milliseconds(args.device, part)
+        row(args, f"- {name}", f"batch {len(images)}", 100 * ms / whole, "% of the step",
+            f"{ms:.4g} ms")
+
+
 def bench_crf(args, image):
     """The dense CRF over all classes, as the field runs it, and over three."""
     names, first = ("pydensecrf", "torch")[not crf.densecrf:], None
@@ -245,6 +289,7 @@ def parts(args):
     for context in ("raster", "conv", "pool", "hv"):
         bench_classifier(args, context)
     bench_segmenter(args, image.to(args.device))
+    bench_cpews(args)
     bench_crf(args, image.to(args.device))
     row(args, "peak memory", "host", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20,
         "GiB")

@@ -108,4 +108,7 @@ def make_toy(root, num, cooccur=None):
             label_lines.append(" ".join([image_id, *(TOY_CLASSES[label] for label in present)]))
         write_lines(root / "ImageSets/Segmentation" / f"{name}.txt", ids)
     write_lines(root / "Parts/names.txt", ["body", "head"])
+    write_lines(root / "superclasses.txt", [
+        " ".join([pattern, *(name for name in TOY_CLASSES if name.startswith(pattern))])
+        for pattern in PATTERNS])
     write_folder(root, "toy", TOY_CLASSES, label_lines)

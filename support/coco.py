@@ -37,7 +37,7 @@ def read_coco(path):
     try:
         coco = COCO(path)
         for thing in coco.anns.values():
-            coco.imgs[thing["image_id"]], coco.cats[thing["category_id"]]  # there are such
+            coco.imgs[thing["image_id"]], coco.cats[thing["category_id"]]["supercategory"]
             thing["segmentation"], thing["area"], thing["iscrowd"]
     except (AssertionError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is no COCO instances file ({type(error).__name__}: {error})")
@@ -102,4 +102,8 @@ def make_coco(root, train_masks=False, download=False, counts=COCO_COUNTS):
                 save_mask(root / "SegmentationClass" / f"{ids[-1]}.png", mask)
         write_lines(root / f"ImageSets/Segmentation/{split}.txt", ids)
         print(f"{split}: {found[0]:,} images, {found[1]:,} with an object")
+    kinds = {}
+    for class_id, name in names.items():
+        kinds.setdefault(coco.cats[class_id]["supercategory"], []).append(name)
+    write_lines(root / "superclasses.txt", [" ".join([kind, *kinds[kind]]) for kind in kinds])
     write_folder(root, "coco", ["background", *names.values()], label_lines)

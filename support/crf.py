@@ -23,14 +23,14 @@ PROB_FLOOR = 1e-5  # the unary energy is -log(p): keeps it finite
 PIECE = {"cuda": 128}  # most terms of a sum that one thread adds up, on devices of many threads
 
 
-def add_crf_flags(add, default):
+def add_crf_flags(add, default, sxy=67.0, srgb=3.0):
     """--crf and the CRF's constants, as flags; crf_settings(args, device) reads them."""
     add("--crf", default, "who computes the dense CRF: torch is support/crf.py, equal up to "
         "rounding; auto, or no word: pydensecrf, if installed, on a CPU, else torch", nargs="?",
         const="auto", choices=("auto", "torch", "pydensecrf", "none"))
     add("--crf-iterations", 10, "mean-field iterations", high=1000)
-    add("--crf-sxy", 67.0, "bilateral kernel: deviation in pixels", toy=30.0, low=0.001)
-    add("--crf-srgb", 3.0, "bilateral kernel: deviation in RGB levels", toy=20.0, low=0.001)
+    add("--crf-sxy", sxy, "bilateral kernel: deviation in pixels", toy=30.0, low=0.001)
+    add("--crf-srgb", srgb, "bilateral kernel: deviation in RGB levels", toy=20.0, low=0.001)
     add("--crf-compat", 4.0, "bilateral kernel: weight of its Potts term", toy=10.0, high=1000)
 
 

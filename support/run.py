@@ -206,16 +206,17 @@ def progress(items, desc, total=None, disable=False):
     return tqdm(items, desc, total, disable=disable, **{} if sys.stderr.isatty() else plain)
 
 
-# --- checkpoints: RUN/cls.pt and RUN/seg.pt ----------------------------------------------------
+# --- checkpoints: RUN/cls.pt, RUN/seg.pt, RUN/cpews.pt -----------------------------------------
 
-MADE_BY = {"cls": "train_cls.py", "seg": "train_seg.py"}
+MADE_BY = {"cls": "train_cls.py", "seg": "train_seg.py", "cpews": "extras/cpews.py"}
 NEEDED = {"cls": "config model optimizer classes ids labels --seed epoch --epochs --size".split(),
-          "seg": "config model optimizer classes ids labels --seed step".split()}
+          "seg": "config model optimizer classes ids labels --seed step".split(),
+          "cpews": "config model optimizer classes ids labels pools --seed step".split()}
 FREE = "data run preset device workers amp compile weights pretrained resume overwrite".split()
 
 
 def load_checkpoint(path, kind):
-    """The dictionary that save_checkpoint wrote, on the CPU; kind is "cls" or "seg"."""
+    """The dictionary that save_checkpoint wrote, on the CPU; kind is one of MADE_BY."""
     again = f"run {MADE_BY[kind]}"
     if not path.is_file():
         raise DataError(f"{path} not found: {again} first")

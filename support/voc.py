@@ -6,6 +6,9 @@ from support.run import DataError, progress, read_text, write_lines
 
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
                "dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()
+VOC_SUPERCLASSES = ["person person", "animal bird cat cow dog horse sheep",
+                    "vehicle aeroplane bicycle boat bus car motorbike train",
+                    "indoor bottle chair diningtable pottedplant sofa tvmonitor"]
 VOC_COUNTS = {"train": 1464, "val": 1449, "trainaug": 10582}
 
 
@@ -69,4 +72,5 @@ def make_voc(root, sbd=None, download=False, counts=VOC_COUNTS):
         write_lines(lists / "trainaug.txt", splits["trainaug"])
     else:
         print(f"without --sbd: training will use the {len(splits['train']):,} images of train")
+    write_lines(root / "superclasses.txt", VOC_SUPERCLASSES)
     write_folder(root, "voc", VOC_CLASSES, label_lines)

@@ -11,6 +11,7 @@ from PIL import Image
 
 import ablate
 import bench
+import cpews
 import data
 import evaluate
 import figures
@@ -25,7 +26,7 @@ from support import run
 from support.run import DataError
 
 MODULES = {"train_cls.py": train_cls, "make_pseudo.py": make_pseudo, "train_seg.py": train_seg,
-           "evaluate.py": evaluate}
+           "evaluate.py": evaluate, "extras/cpews.py": cpews}
 
 
 @pytest.fixture
@@ -77,9 +78,13 @@ def test_tables_4_and_5_are_the_papers():
     assert list(paper.values()) == [65.2, 67.1, 67.8, 69.5, 67.7, 68.1, 69.5]
     where = ["--data", "x", "--run", "y", "--preset", "toy"]
     for name, rows in ablate.STUDIES.items():
-        for _, _, cls_flags, pseudo_flags in rows:  # every variant is made of flags that exist
-            train_cls.parse_args(where + cls_flags.split())
-            make_pseudo.parse_args(where + pseudo_flags.split())
+        for _, _, flags, mask_flags in rows:  # every variant is made of flags that exist
+            if flags.startswith("cpews"):
+                cpews.parse_args(where + flags.split()[1:])
+                cpews.parse_args([*where, "--predict", "val", *mask_flags.split()])
+            else:
+                train_cls.parse_args(where + flags.split())
+                make_pseudo.parse_args(where + mask_flags.split())
         assert len({row[2:] for row in rows}) == len(rows), f"{name} has a row twice"
 
 
@@ -117,6 +122,31 @@ def test_full_trains_and_scores_deeplab(toy, tmp_path, calls):
     calls.clear()
     study(toy, tmp_path, "max-norm", "--seeds", "0", "--seg-flags", seg)  # the same runs
     assert not calls
+
+
+def test_a_study_of_cpews_scores_maps_labels_and_decoder(toy, tmp_path, calls):
+    flags = "--warm-up 1 --iterations 1 --batch-size 2 --val-split none --seg-from 0"
+    seg = "--iterations 1 --batch-size 2 --val-split none"
+    ablate.main(ablate.parse_args([
+        "cpews2", "--data", str(toy), "--out", str(tmp_path), "--seeds", "0", "--full",
+        "--cpews-flags", flags, "--seg-flags", seg]))
+    home = tmp_path / toy.name
+    assert [name for name, _ in calls].count("extras/cpews.py") == 6  # train, val, train; twice
+    with_crf, without = home / "cpews/s0/crf", home / "cpews/s0"
+    assert (with_crf / "cpews.pt").resolve() == without / "cpews.pt"
+    for run_folder, crf in ((without, False), (with_crf, True)):
+        scores = json.loads((run_folder / "scores-val.json").read_text())["scores"]
+        for name in ("cam", "pseudo", "pred"):
+            results = json.loads((run_folder / name / "results.json").read_text())
+            assert scores[name] == 100 * results["miou"] and results["split"] == "val"
+        assert results["crf"] is crf and scores["pred: head found"] == pytest.approx(
+            100 * results["part_recall"]["head"])
+        results = json.loads((run_folder / "deeplab/results.json").read_text())
+        assert scores["DeepLabv2"] == 100 * results["miou"]
+        assert "cam: background called object" in scores
+    lines = (home / "cpews2-val-full.md").read_text().splitlines()
+    assert lines[0].startswith("| variant | paper (decoder, VOC) | seeds | cam | sd | pseudo |")
+    assert lines[3].startswith("| decoder, CRF | 72.6 test | 1 |")
 
 
 def test_a_study_from_another_folder_passes_its_flags_on(toy, tmp_path, calls, monkeypatch):
@@ -214,7 +244,8 @@ def test_a_quick_benchmark_fills_its_table(capsys):
     for part, setting, _, unit, note in rows:
         notes.setdefault(part, []).append((setting, unit, note))
     assert {"matrix product", "load, flip", "load, flip, jitter", "load, rescale, crop, flip",
-            "stage 3 step", "CRF, torch", "stage 4, no CRF", "stage 4, score",
+            "stage 3 step", "CPEWS step", "- maps, E6", "- pixel labels, E13, E14", "CRF, torch",
+            "stage 4, no CRF", "stage 4, score",
             "peak memory"} <= set(notes)
     for context in ("hv", "raster", "conv", "pool"):
         assert "of the ceiling" in notes[f"stage 1 step, {context}"][0][2]

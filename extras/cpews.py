@@ -1,0 +1,371 @@
+"""CPEWS, the second method: a ViT trained end to end from image labels (E1 to E15, docs/CPEWS.md).
+
+Run:    python extras/cpews.py --data data/toy --run runs/cpews
+        python extras/cpews.py --data data/toy --run runs/cpews --predict test [--crf]
+        python extras/cpews.py --run runs/cpews --image photo.jpg --out photo.png
+Reads:  JPEGImages/, image_labels.txt, classes.txt, the splits, superclasses.txt if there is one;
+        the ground truth only to score
+Writes: RUN/cpews.pt every --save-every steps, RUN/log.jsonl; with --predict RUN/cam/ID.png and
+        RUN/pseudo/ID.png, which know the image labels, and RUN/pred/ID.png, the decoder's, which
+        does not; with --image OUT and OUT's name + _overlay.png
+
+B batch, S side of a crop, O object classes, C = O + 1, h x w patch grid, D width.
+"""
+import os
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import v2
+from torchvision.tv_tensors import Mask
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data, evaluate, train_cls  # noqa: E401, E402  no package
+from cpews_model import (CPEWS, CPEWSConfig, false_scores, ism_loss, make_pools,  # noqa: E402
+                         pdl_loss, pixel_labels, prototype_distances, region_features, seg_loss,
+                         ssl_loss, superclasses, token_labels)
+from data import IGNORE, Folder, Images, loader  # noqa: E402
+from model import load_model  # noqa: E402
+from support import crf, run  # noqa: E402
+from support.run import DataError  # noqa: E402
+
+WEIGHT_DECAY, POLY_POWER = 0.01, 0.9
+MASK_FLAGS = "cam_scales cam_threshold cam_high cam_low par_dilations scales".split()
+
+
+def parse_args(argv=None):
+    """The flags of training; --predict and --image take cpews.pt's, but for those of masks."""
+    flags = run.stage_flags(__doc__, trains=True)
+    add = flags.add
+    add("--predict", None, "split whose masks to write and score, instead of training")
+    add("--image", None, "segment this one photo instead", type=Path)
+    add("--out", None, "where --image writes its mask", type=Path)
+    add("--train-split", "trainaug", "split to train on", coco="train", toy="train")
+    add("--val-split", "val", "split that scores the network at every save; none: no score")
+    add("--val-images", 100, "that score is over the first so many images")
+    add("--backbone", "vit_base_patch16_224.orig_in21k_ft_in1k", "any plain ViT of timm (or "
+        "vit_toy), E1", toy="vit_toy")
+    add("--crop", 448, "S, side of the random crop in pixels", toy=96, low=1)
+    add("--rescale", [0.5, 2.0], "range of the random rescaling", toy=[1.0, 1.0], nargs=2,
+        low=0.01, high=100)
+    add("--jitter", True, "change brightness, contrast and saturation at random", toy=False)
+    add("--batch-size", 4, "images of one step", toy=8, low=1)
+    add("--iterations", 20000, "steps after the warm-up", coco=80000, toy=1200, low=1)
+    add("--warm-up", 2000, "steps with the losses of E4 alone; then come the pools, E10", toy=1200)
+    add("--freeze-warm-up", True, "the ViT does not learn in the warm-up", toy=False)
+    add("--ism-from", 0, "step after the warm-up from which on ISM learns, E8; until then pixel "
+        "labels come from the auxiliary maps", coco=12000, toy=600)
+    add("--seg-from", 2000, "likewise for the decoder, E15", coco=8000, toy=600)
+    add("--save-every", 1000, "steps between two checkpoints", coco=5000, toy=400, low=1)
+    add("--lr", 6e-5, "AdamW's rate for the ViT", toy=7e-4, low=1e-9, high=10)
+    add("--head-lr", 10.0, "rate of the other layers as a multiple of --lr", toy=1.0, high=1000)
+    add("--lr-warm-up", 1500, "steps over which the rates rise linearly", toy=187)
+    add("--aux-block", 10, "a, the block whose output is A, E2; the last one: A = F", toy=3, low=1)
+    add("--fov-dilation", 5, "of the decoder's two 3x3 convolutions, E5", toy=2, low=1)
+    add("--cam-scales", [1.0, 0.5, 1.5], "input scales of the class maps, E6", toy=[1.0],
+        nargs="+", low=0.01, high=100)
+    add("--cam-high", 0.7, "foreground is above it, E7 and E14", coco=0.65, toy=0.45, high=1)
+    add("--cam-low", 0.25, "background is below it; unsure is what lies between", high=1)
+    add("--cam-threshold", 0.5, "background's score in RUN/cam", coco=0.45, high=1)
+    add("--mask-threshold", 0.1, "tau, E9: a region's least score over the largest", high=1)
+    add("--prototypes", 10, "K, E10: of a class, at most, positive and negative ones", low=1)
+    add("--pool-cam", "aux", "maps whose regions make the pools, E10: main is M, aux is M'",
+        toy="main", choices=("main", "aux"))
+    add("--pool-updates", 0, "how often training makes the pools anew, Table 3")
+    add("--temperature", 13.0, "T, E11", low=1e-3, high=1e6)
+    add("--ism-weight", 0.2, "of ISM's loss, E8; 0 leaves it out", high=1e6)
+    add("--pdl-weight", 0.12, "of PDL, E11; 0 leaves it out", high=1e6)
+    add("--ssl-weight", 1.5e-4, "of SSL, E12; 0 leaves it out", high=1e6)
+    add("--seg-weight", 0.1, "of the decoder's loss, E15; 0 leaves it out", high=1e6)
+    add("--par-dilations", [1, 2, 4, 8, 12, 24], "distances of PAR's neighbours, E13, in pixels "
+        "of the image at half size", toy=[1, 2, 4], nargs="+", low=1, high=1000)
+    add("--scales", [1.0, 1.25, 1.5], "input scales of the prediction, which takes their maximum",
+        toy=[1.0], nargs="+", low=0.01, high=100)
+    crf.add_crf_flags(add, "none", sxy=121.0, srgb=5.0)
+    return checked(flags, argv)
+
+
+def checked(flags, argv):
+    """The arguments, where they go together."""
+    args = flags.parse(argv, needed=("run",))
+    if args.rescale[0] > args.rescale[1] or args.cam_low > args.cam_high:
+        flags.error("--rescale: the smaller number comes first; --cam-low is below --cam-high")
+    if not (args.image or args.data):
+        flags.error("--data is needed")
+    if args.image and (not args.out or args.out.suffix != ".png"
+                       or args.out.resolve() == args.image.resolve()):
+        flags.error("--image needs --out NAME.png that is not the photo's own")
+    if args.image or args.predict:
+        args.given = {*vars(flags.parser.parse_args(argv))}
+        for name in args.given - {"predict", "image", "out", *MASK_FLAGS, *run.FREE}:
+            if not name.startswith("crf"):
+                flags.error(f"--{name.replace('_', '-')} is for training: cpews.pt has its own")
+    return args
+
+
+# --- training ----------------------------------------------------------------------------------
+class Crops(Images):
+    """(index, draw) -> image (3, S, S) uint8, where it shows the photo (S, S), labels (O,)."""
+
+    def __init__(self, folder, ids, args, fill):
+        super().__init__(folder, ids)
+        self.args, self.labels = args, torch.stack([folder.image_labels(i)[1:] for i in ids])
+        self.jitter = data.AUGMENT["jitter"] if args.jitter else v2.Identity()
+        self.change = v2.Compose([  # outside the photo are the mean colour and IGNORE
+            v2.RandomCrop(args.crop, pad_if_needed=True, fill={Image.Image: fill, Mask: IGNORE}),
+            v2.RandomHorizontalFlip(), v2.PILToTensor()])
+
+    def __getitem__(self, item):
+        index, draw = item
+        image = self.read(index)
+        with data.seeded(self.args.seed, draw):
+            scale = torch.empty(()).uniform_(*self.args.rescale).item()
+            size = [max(1, round(side * scale)) for side in image.size]
+            image = self.jitter(image.resize(size, Image.Resampling.BILINEAR))
+            image, mask = self.change(image, Mask(torch.zeros(size[::-1], dtype=torch.uint8)))
+        return image, mask != IGNORE, self.labels[index]
+
+
+def photo(image, device):
+    """(H, W, 3) uint8, as decoded -> (1, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(image).to(device).permute(2, 0, 1)[None] / 255
+
+
+@torch.no_grad()
+def image_regions(model, folder, ids, args, device):
+    """What E10's make_pools takes of every image, whole: f, whether it exists, z, image labels."""
+    head = 1 if args.pool_cam == "aux" else 0
+    images = loader(Images(folder, ids), args, device, batch_size=None, collate_fn=tuple)
+    for image_id, image, _ in run.progress(images, "prototypes", len(ids)):
+        layers = model.layers(photo(image, device), args.cam_scales)
+        raw, z = model.maps(*layers)[head], model.scores(*layers)[head]
+        f, regions = region_features(raw, layers[0], args.mask_threshold, floor=1e-5)
+        exists = regions.any(dim=3).any(dim=2)
+        yield f[0].cpu(), exists[0].cpu(), z[0].cpu(), folder.image_labels(image_id)[1:]
+
+
+def new_pools(model, folder, ids, groups, args, device):
+    """E10 with the network as it is; how many prototypes there are goes to the log."""
+    if groups is None:
+        print(f"{folder.root} has no superclasses.txt: SSL takes all negative prototypes for false")
+    regions = image_regions(model.eval(), folder, ids, args, device)
+    pools = make_pools(regions, groups, args.prototypes, args.seed)
+    run.log(args.run, "cpews", **{name: sum(map(len, pools[name])) for name in pools})
+    return pools
+
+
+def parameter_groups(model, lr, head_lr):
+    """AdamW's groups: the ViT, and the other layers at head_lr times its rate."""
+    others = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
+    return [dict(params=[*model.backbone.parameters()], base_lr=lr),
+            dict(params=others, base_lr=head_lr * lr)]
+
+
+def rate(step, total, lr_warm_up):
+    """The factor on every learning rate: linear from 1e-6 to 1, then poly decay."""
+    return (1 - (1 - step / lr_warm_up) * (1 - 1e-6) if step < lr_warm_up
+            else (1 - step / total) ** POLY_POWER)
+
+
+def batch_losses(model, encode, batch, pools, args, t):
+    """Of step t after the warm-up: {name: weighted loss} and {name: what the log tells}."""
+    images, inside, y = batch
+    features, aux = encode(images)                                            # E1, E2
+    z, aux_z = model.scores(features, aux)                                    # E3
+    losses, seen = dict(cls=F.multilabel_soft_margin_loss(z, y),              # E4
+                        aux=F.multilabel_soft_margin_loss(aux_z, y)), dict(z=z, y=y)
+    ism, decoder = (weight > 0 and t >= max(0, first) for weight, first in (
+        (args.ism_weight, args.ism_from), (args.seg_weight, args.seg_from)))
+    if ism or decoder:
+        model.eval()  # labels come from the network as it predicts
+        cam, aux_cam = model.cams(images, y, args.cam_scales)                 # E6
+        model.train()
+    if ism:
+        labels = token_labels(aux_cam, inside, aux.shape[2:], args.cam_high, args.cam_low)  # E7
+        losses["ism"] = args.ism_weight * ism_loss(features, labels)          # E8
+    if pools:
+        raw, _ = model.maps(features, aux)
+        f, regions = region_features(raw, features, args.mask_threshold)      # E9
+        distances = prototype_distances(f, regions.any(dim=3).any(dim=2) & (y > 0), pools)
+        scores = false_scores(raw, features, regions, y, pools)
+        losses["pdl"] = args.pdl_weight * pdl_loss(distances, args.temperature)     # E11
+        losses["ssl"] = args.ssl_weight * ssl_loss(scores)                    # E12
+        seen |= dict(zip(("near", "far"), distances.T))
+        seen["false"] = len(scores) / regions[y > 0].sum().clamp(min=1)
+    if decoder:
+        cam = cam if t >= args.ism_from else aux_cam
+        labels = pixel_labels(cam, images, y, inside, args.cam_high, args.cam_low,  # E13, E14
+                              args.par_dilations)
+        losses["seg"] = args.seg_weight * seg_loss(model.segment(features), labels)  # E5, E15
+        seen["labelled"] = (labels != IGNORE).float().mean()
+    return losses, seen
+
+
+def summary(history):
+    """{name: number} of a round's {name: tensors}: of distances the median, else the mean."""
+    whole = {name: torch.cat([part.reshape(-1, *part.shape[1:]) for part in parts]).cpu()
+             for name, parts in history.items()}
+    z, y = (F.pad(whole.pop(name), (1, 0)) for name in "zy")
+    return dict(train_map=train_cls.mean_average_precision(z, y), **{
+        name: (values.median() if name in ("near", "far") else values.mean()).item()
+        for name, values in whole.items() if len(values)})
+
+
+def train(args, device):
+    """Warm-up, pools, main loop; RUN/cpews.pt after every round."""
+    # --- data ---
+    folder = Folder(args.data)
+    ids, groups = folder.ids(args.train_split), superclasses(folder)
+    val_ids = [] if args.val_split == "none" else folder.ids(args.val_split)[:args.val_images]
+    if len(folder.classes) == 1:
+        raise DataError(f"{args.data}/classes.txt names no class but background: nothing to learn")
+
+    # --- model ---
+    facts = dict(classes=folder.classes, ids=ids, labels=folder.fingerprint(), superclasses=groups)
+    path, checkpoint = run.open_checkpoint(args, "cpews", **facts)
+    torch.manual_seed(args.seed)
+    config = CPEWSConfig(len(folder.classes), args.backbone, args.aux_block, args.fov_dilation)
+    pretrained, weights = (False, None) if checkpoint else (args.pretrained, args.weights)
+    model = CPEWS(config, pretrained, weights).to(device)
+    if args.crop % model.patch:
+        raise DataError(f"--crop {args.crop} is no multiple of a patch's {model.patch} pixels")
+    model.scales, model.amp = args.scales, args.amp
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.head_lr), fused=True,
+                                  weight_decay=WEIGHT_DECAY)
+    run.restore(path, checkpoint, model=model, optimizer=optimizer)
+    done, pools = (checkpoint["step"], checkpoint["pools"]) if checkpoint else (0, None)
+
+    # --- train: in rounds, each of which ends with a save ---
+    fill = tuple((255 * model.normalise.mean).round().int().flatten().tolist())
+    crops, encode = Crops(folder, ids, args, fill), run.prepare(model.encode, args, 1)
+    total, parts = args.warm_up + args.iterations, args.pool_updates + 1
+    renewals = {args.warm_up + args.iterations * u // parts for u in range(parts)}
+    for first in range(done, total, args.save_every):
+        last = min(first + args.save_every, total)
+        began, history = time.time(), defaultdict(list)
+        sampler = data.batches(len(ids), args.batch_size, args.seed, first, last)
+        batches = loader(crops, args, device, batch_sampler=sampler)
+        for step, batch in enumerate(run.progress(batches, f"to step {last}", last - first), first):
+            if step in renewals and (args.pdl_weight or args.ssl_weight):
+                pools = new_pools(model, folder, ids, groups, args, device)             # E10
+            if step in (done, *renewals):
+                model.train_encoder(step >= args.warm_up or not args.freeze_warm_up)
+            images, inside, y = (part.to(device, non_blocking=True) for part in batch)
+            losses, seen = batch_losses(model, encode, (images / 255, inside, y), pools, args,
+                                        step - args.warm_up)
+            loss = sum(losses.values())
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * rate(step, total, args.lr_warm_up)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            for name, value in dict(loss=loss, **losses, **seen).items():
+                history[name].append(value.detach())
+
+        # --- score, log, save ---
+        losses = torch.stack(history.pop("loss"))
+        loss = run.mean_loss(losses.sum(), len(losses), 1, model, f"before step {last}", path)
+        speed = len(losses) * args.batch_size / (time.time() - began)
+        scores = validate(model, folder, val_ids, args, device)
+        run.log(args.run, "cpews", step=last, of=total, loss=loss, **summary(history), **scores,
+                images_s=speed)
+        run.save_checkpoint(path, "cpews", model, args, **facts, step=last, pools=pools,
+                            optimizer=optimizer.state_dict())
+
+
+# --- masks -------------------------------------------------------------------------------------
+def load(args, device):
+    """(network, checkpoint, CRF settings) of RUN/cpews.pt, whose flags args get if not given."""
+    model, checkpoint = load_model(args.run / "cpews.pt", "cpews", CPEWSConfig, CPEWS)
+    vars(args).update({name: value for name, value in checkpoint["args"].items()
+                       if name not in {*args.given, *run.FREE}})
+    model.scales, model.amp = args.scales, args.amp
+    constants = crf.crf_settings(args, device)
+    return model.to(device), checkpoint, constants and constants | dict(gaussian_compat=1)
+
+
+@torch.no_grad()
+def predicted(model, folder, ids, args, device, constants):
+    """Run the network over the images; yields the arguments of finished."""
+    images = loader(Images(folder, ids), args, device, batch_size=None, collate_fn=tuple)
+    for image_id, image, _ in images:
+        logits = evaluate.predict_logits(model, image, device, args.amp)
+        whole, y = photo(image, device), folder.image_labels(image_id)[None, 1:].to(device)
+        cam, aux_cam = model.cams(whole, y, args.cam_scales)
+        pseudo = pixel_labels(cam, whole, y, whole[:, 0] >= 0, args.cam_high, args.cam_low,
+                              args.par_dilations)
+        cams = F.pad(torch.cat([cam, aux_cam]), (0, 0, 0, 0, 1, 0), value=args.cam_threshold)
+        masks = torch.cat([cams.argmax(dim=1), pseudo]).byte().cpu().numpy()
+        yield masks, logits if device.type == "cuda" else logits.cpu().numpy(), image, constants
+
+
+def finished(masks, logits, image, constants):
+    """An image's masks (H, W) uint8: cam/, pseudo/, pred/, and that of the auxiliary maps."""
+    cam, aux, pseudo = masks
+    return cam, pseudo, evaluate.predict(logits, image, constants), aux
+
+
+def validate(model, folder, ids, args, device):
+    """{"val_cam": mIoU, ...} of the masks of those ids that have a ground truth, if any has."""
+    C, ids = len(folder.classes), [i for i in ids if folder.mask_path(i).is_file()]
+    confusions = {name: np.zeros((C, C + 1), np.int64) for name in ("cam", "pseudo", "pred", "aux")}
+    for image_id, job in zip(ids, predicted(model.eval(), folder, ids, args, device, None)):
+        truth = data.read_mask(folder.mask_path(image_id), C, job[2].shape[1::-1])
+        for confusion, mask in zip(confusions.values(), finished(*job)):
+            confusion += evaluate.confusion_matrix(mask, truth, C)
+    model.train()
+    scores = {f"val_{name}": evaluate.miou(confusion) for name, confusion in confusions.items()}
+    return dict(scores, val_images=len(ids)) if ids else {}
+
+
+def write_masks(args, device):
+    """Write and score RUN/cam, RUN/pseudo and RUN/pred of a split."""
+    model, checkpoint, constants = load(args, device)
+    folder = Folder(args.data, checkpoint)
+    ids, made = folder.ids(args.predict), dict(
+        cpews=run.digest(args.run / "cpews.pt"), data=str(args.data.resolve()), seed=args.seed,
+        labels=folder.fingerprint(), image_labels_used=True, crf=False,
+        **{name: getattr(args, name) for name in MASK_FLAGS})
+    decoder = dict(image_labels_used=False, crf=constants is not None,
+                   constants=constants and constants | dict(backend=None))  # who computes is free
+    outputs = dict(cam=made, pseudo=made, pred=made | decoder)
+    outputs, todo = {args.run / name: outputs[name] for name in outputs}, ids
+    if not args.overwrite:
+        for out, settings in outputs.items():
+            run.check_masks(out, settings)
+        todo = [i for i in ids if not evaluate.is_whole(*(out / f"{i}.png" for out in outputs))]
+    results = run.in_workers(finished, predicted(model, folder, todo, args, device, constants),
+                             0 if device.type == "cuda" else args.workers)
+    results = run.progress(run.claimed(results, outputs, args.overwrite), args.predict, len(todo))
+    for masks, image_id in zip(results, todo):
+        for out, mask in zip(outputs, masks):
+            data.save_mask(out / f"{image_id}.png", mask)
+    for out, settings in outputs.items():
+        confusion, scored = evaluate.score_masks(folder, ids, out, args.workers)
+        if scored:
+            facts = {name: settings[name] for name in ("image_labels_used", "crf")}
+            run.log(args.run, "cpews", masks=out.name, split=args.predict, num_images=scored,
+                    miou=evaluate.miou(confusion), **facts)
+
+
+def main(args):
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise DataError("extras/cpews.py is one process: call it without torchrun")
+    device, _, _ = run.join_processes(args.device)
+    if args.predict:
+        write_masks(args, device)
+    elif args.image:
+        model, checkpoint, constants = load(args, device)
+        args.window = args.stride = None
+        evaluate.segment_photo(args, model, checkpoint["classes"], device, constants)
+    else:
+        train(args, device)
+
+
+if __name__ == "__main__":
+    run.launch(main, parse_args())

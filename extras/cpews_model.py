@@ -1,0 +1,284 @@
+"""CPEWS: its network, labels, prototypes and losses (docs/CPEWS.md: E1 to E12, E14, E15).
+
+extras/cpews.py trains it. Legend: B batch, S side of a crop, O object classes, C = O + 1,
+h x w patch grid, N = h * w, D width; F and A are `features` and `aux`, M = W F is `raw`.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data import IGNORE
+from model import Network, Normalise
+from par import refine
+from support.backbones import create_backbone
+from support.run import DataError, read_text
+
+
+# --- the network -------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class CPEWSConfig:
+    """Everything that rebuilds a CPEWS; saved in cpews.pt."""
+    num_classes: int    # C, background included
+    backbone: str       # any plain ViT of timm
+    aux_block: int      # a, counted from 1
+    fov_dilation: int   # of the decoder
+
+
+def resized(maps, size):
+    """(B, c, h, w) -> (B, c, *size), bilinear."""
+    return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)
+
+
+def unflipped(maps, size):
+    """Maps (2B, c, h, w) of images and of the same flipped -> (2, B, c, *size), flipped back."""
+    plain, flipped = resized(maps, size).chunk(2)
+    return torch.stack([plain, flipped.flip(-1)])
+
+
+class CPEWS(Network):
+    """A ViT with two image classifiers, W and W', and a decoder: images -> classes of pixels."""
+
+    def __init__(self, config, pretrained=False, weights=None):
+        super().__init__()
+        self.config, self.scales, self.amp = config, [1.0], False
+        self.backbone = create_backbone(config.backbone, "plain ViT of timm", pretrained, weights,
+                                        num_classes=0, dynamic_img_size=True)
+        if config.aux_block > len(self.backbone.blocks):
+            raise DataError(f"--aux-block {config.aux_block}: {config.backbone} has "
+                            f"{len(self.backbone.blocks)} blocks")
+        self.normalise = Normalise(self.backbone)
+        self.patch = self.backbone.patch_embed.feat_ratio()
+        D, C, dilation = self.backbone.embed_dim, config.num_classes, config.fov_dilation
+        self.classifier, self.aux_classifier = (nn.Linear(D, C - 1, bias=False) for _ in range(2))
+        hidden, wide = min(512, D), dict(padding=dilation, dilation=dilation, bias=False)
+        self.decoder = nn.Sequential(  # LargeFOV
+            nn.Conv2d(D, hidden, 3, **wide), nn.ReLU(), nn.Conv2d(hidden, hidden, 3, **wide),
+            nn.ReLU(), nn.Conv2d(hidden, C, 1, bias=False))
+
+    def train_encoder(self, learns):
+        """Let the ViT learn, or freeze it; its position embedding never learns."""
+        self.backbone.requires_grad_(learns).pos_embed.requires_grad_(False)
+        self.train()
+
+    def encode(self, images):
+        """Images (B, 3, H, W) in [0, 1] -> F and A (B, D, h, w) float32."""
+        vit, a = self.backbone, self.config.aux_block
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
+            images = self.normalise(images)
+            tokens, (aux,) = vit.forward_intermediates(images, indices=[a - 1])   # E1
+            tokens = vit.fc_norm(tokens)[:, vit.num_prefix_tokens:]
+            features = tokens.transpose(1, 2).reshape(aux.shape)                  # E2: F
+            aux = features if a == len(vit.blocks) else aux                       # E2: A
+        return features.float(), aux.float()
+
+    def scores(self, features, aux):
+        """E3: z and z' (B, O), from the largest value of each channel."""
+        return (self.classifier(features.amax(dim=(2, 3))),
+                self.aux_classifier(aux.amax(dim=(2, 3))))
+
+    def segment(self, features):
+        """E5: the decoder's logits (B, C, h, w)."""
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=self.amp):
+            return self.decoder(features).float()
+
+    def maps(self, features, aux):
+        """The raw maps M = W F and M' = W' A, (B, O, h, w) each."""
+        heads = self.classifier.weight, self.aux_classifier.weight
+        return [torch.einsum("od,bdhw->bohw", *pair) for pair in zip(heads, (features, aux))]
+
+    def both_ways(self, images, scale):
+        """encode of images at a scale, sides rounded to patches, and of the same flipped (2B)."""
+        size = [max(1, round(side * scale / self.patch)) * self.patch for side in images.shape[2:]]
+        images = resized(images, size)
+        return self.encode(torch.cat([images, images.flip(-1)]))
+
+    def layers(self, images, scales):
+        """F and A (B, D, h, w), their mean over scales and flips, on the grid of scale 1."""
+        grid = [max(1, round(side / self.patch)) for side in images.shape[2:]]
+        outputs = zip(*(self.both_ways(images, scale) for scale in scales))
+        return [torch.cat([unflipped(maps, grid) for maps in each]).mean(dim=0) for each in outputs]
+
+    @torch.no_grad()
+    def cams(self, images, image_labels, scales):
+        """E6: cam and cam' (B, O, H, W) in [0, 1] of images (B, 3, H, W) with labels (B, O)."""
+        total = 0
+        for scale in scales:
+            raw = torch.cat(self.maps(*self.both_ways(images, scale)), dim=1)
+            total += unflipped(raw, images.shape[2:]).amax(dim=0).relu()
+        total = total - total.amin(dim=(2, 3), keepdim=True)
+        cams = total / (total.amax(dim=(2, 3), keepdim=True) + 1e-5)
+        return [cam * image_labels[..., None, None] for cam in cams.chunk(2, dim=1)]
+
+    def forward(self, images):
+        """[logits (B, C, H, W)]: image and flipped image summed, the maximum over scales."""
+        logits = (self.segment(self.both_ways(images, scale)[0]) for scale in self.scales)
+        return [torch.stack([unflipped(each, images.shape[2:]).sum(dim=0) for each in logits]
+                            ).amax(dim=0)]
+
+
+# --- ISM: the intermediate layer tells which final tokens belong together ----------------------
+def token_labels(aux_cam, inside, size, high, low):
+    """E7: classes (B, h, w) of tokens from cam' (B, O, S, S); 255 if unsure or not inside."""
+    value, best = resized(aux_cam, size).max(dim=1)
+    labels = torch.where(value > high, best + 1, torch.where(value > low, IGNORE, 0))
+    inside = F.interpolate(inside[:, None].float(), size, mode="nearest-exact")[:, 0]
+    return labels.masked_fill(inside == 0, IGNORE)
+
+
+def ism_loss(features, labels):
+    """E8: |cos| of tokens F_i, F_j is to be 1 where their labels (B, h, w) agree, else 0."""
+    unit, labels = F.normalize(features.flatten(2), dim=1), labels.flatten(1)
+    similarity, known = (unit.transpose(1, 2) @ unit).abs(), labels != IGNORE  # (B, N, N), (B, N)
+    itself = torch.eye(labels.shape[1], dtype=torch.bool, device=labels.device)
+    pairs = known[:, :, None] & known[:, None] & ~itself
+    same = labels[:, :, None] == labels[:, None]
+    alike, apart = ((similarity * chosen).sum() / (chosen.sum() + 1)
+                    for chosen in (pairs & same, pairs & ~same))
+    return (1 - alike) / 2 + apart / 2
+
+
+# --- CPM: prototypes of each class, and of what is mistaken for it -----------------------------
+def region_features(raw, features, threshold, floor=1e-4):
+    """E9: f (B, O, D), the mean F of each class's region, and the regions (B, O, h, w), boolean.
+
+    Where no score of a class is positive, its region is empty and its f is 0.
+    """
+    best = raw.detach().amax(dim=(2, 3), keepdim=True)
+    regions = raw.detach().relu() / (best + floor) > threshold
+    sums = torch.einsum("bohw,bdhw->bod", regions.type_as(features), features)
+    return sums / (regions.sum(dim=(2, 3))[..., None] + 1e-5), regions
+
+
+def superclasses(folder):
+    """The number of each object class's superclass, by superclasses.txt; None if there is none."""
+    path = folder.root / "superclasses.txt"
+    if not path.is_file():
+        return None
+    members = [line.split()[1:] for line in read_text(path).splitlines()]
+    if sorted(sum(members, [])) != sorted(folder.classes[1:]):
+        raise DataError(f"{path}: a line is 'SUPERCLASS CLASS CLASS ...', and each object class of "
+                        "classes.txt stands in one of them")
+    return [[name in names for names in members].index(True) for name in folder.classes[1:]]
+
+
+def unshared(c, image_labels, groups):
+    """E10: whether a negative of class c, from an image with labels (O,), is in U_c."""
+    if groups is None:
+        return True
+    relatives = [k for k, group in enumerate(groups) if group == groups[c]]
+    return len(relatives) > 1 and not image_labels[relatives].any()
+
+
+def first_centres(points, K, seed):
+    """k-means++: K of the points (n, D), each drawn by its squared distance to those before."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [torch.randint(len(points), (), generator=generator).item()]
+    while len(chosen) < K:
+        distance = torch.cdist(points, points[chosen]).amin(dim=1).square() + 1e-12
+        chosen.append(torch.multinomial(distance, 1, generator=generator).item())
+    return points[chosen]
+
+
+def k_means(points, centres, iterations=10):
+    """Lloyd's iterations from these centres (K, D); a centre without points stays where it is."""
+    for _ in range(iterations):
+        nearest = F.one_hot(torch.cdist(points, centres).argmin(dim=1), len(centres)).float()
+        means = nearest.T @ points / nearest.sum(dim=0).clamp(min=1)[:, None]
+        centres = torch.where(nearest.any(dim=0)[:, None], means, centres)
+    return centres
+
+
+def make_pools(regions, groups, K, seed):
+    """E10: {"P", "N", "U"}, for each class a tensor (at most K, D), in one pass over the images.
+
+    regions yields for each image f (O, D), whether the class has a region (O,), the classifier's
+    scores z (O,) and the image labels (O,), all on the CPU; groups: superclasses().
+    """
+    positive, negative = {}, {}
+    for n, (f, exists, z, image_labels) in enumerate(regions):
+        for c in range(len(f)):
+            mine = positive.setdefault(c, [f.new_zeros(0, f.shape[1])])
+            others = negative.setdefault(c, [])
+            if exists[c] and image_labels[c]:
+                mine.append(f[c:c + 1].clone())
+            elif exists[c]:
+                others.append((z[c].item(), -n, f[c:c + 1].clone(), image_labels))
+                others.sort(reverse=True)  # by z: the K that score highest stay
+                del others[K:]
+    pools = dict(P=[], N=[], U=[])
+    for c, others in negative.items():
+        P, none = torch.cat(positive[c]), positive[c][0]
+        pools["P"].append(k_means(P, first_centres(P, K, seed)) if len(P) > K else P)
+        pools["N"].append(torch.cat([none, *(f for _, _, f, _ in others)]))
+        pools["U"].append(torch.cat([none, *(f for *_, f, y in others if unshared(c, y, groups))]))
+    return pools
+
+
+# --- PDL and SSL: near the own prototypes, away from what is mistaken for the class ------------
+def prototype_distances(f, present, pools):
+    """d(f_c, mean of P_c) and d(f_c, nearest of N_c), (n, 2), of n regions of f (B, O, D).
+
+    present (B, O): the class is in the image and has a region; without P_c or N_c it drops out.
+    """
+    rows = [f.new_zeros(0, 2)]
+    for b, c in present.nonzero().tolist():
+        P, N = pools["P"][c].to(f), pools["N"][c].to(f)
+        if len(P) and len(N):
+            d = ((f[b, c] - torch.cat([P.mean(0)[None], N])).square().mean(dim=1) + 1e-4).sqrt()
+            rows.append(torch.stack([d[0], d[1:].amin()])[None])
+    return torch.cat(rows)
+
+
+def pdl_loss(distances, temperature):
+    """E11: mean of -log sim to the own prototypes and -log(1 - sim) to the nearest negative one."""
+    near, far = (distances / temperature + 0.1).T  # sim = exp(-near), exp(-far)
+    return (near - (-torch.expm1(-far)).log()).sum() / max(1, len(near))
+
+
+def false_scores(raw, features, regions, image_labels, pools):
+    """E12: the scores M_c(i), (n,), of region tokens that lie nearer to U_c than to P_c."""
+    scores = [raw.new_zeros(0)]
+    for b, c in image_labels.nonzero().tolist():
+        P, U = pools["P"][c].to(raw), pools["U"][c].to(raw)
+        if len(P) and len(U):
+            tokens = features[b].detach().flatten(1).T                         # (N, D)
+            wrong = torch.cdist(tokens, P).amin(dim=1) > torch.cdist(tokens, U).amin(dim=1)
+            scores.append(raw[b, c].flatten()[wrong & regions[b, c].flatten()])
+    return torch.cat(scores)
+
+
+def ssl_loss(scores):
+    """E12: the mean of false_scores; it lowers them until their tokens leave the region."""
+    return scores.sum() / max(1, len(scores))
+
+
+# --- the segmentation branch -------------------------------------------------------------------
+@torch.no_grad()
+def pixel_labels(cam, images, image_labels, inside, high, low, dilations):
+    """E14: (B, H, W) from cam (B, O, H, W): 0 background, 255 where unsure or not inside (B, H, W).
+
+    images (B, 3, H, W), image_labels (B, O); high and low are beta_h and beta_l.
+    """
+    present, size = F.pad(image_labels, (1, 0), value=1), cam.shape[2:]    # (B, C), background is
+    most = int(present.sum(dim=1).max())
+    classes = present.argsort(dim=1, descending=True, stable=True)[:, :most, None, None]
+    absent = torch.take_along_dim(present[..., None, None], classes, dim=1) == 0
+    half, runs = [max(1, side // 2) for side in size], []
+    for beta in (high, low):  # each image has only its own classes' maps refined
+        maps = torch.take_along_dim(F.pad(cam, (0, 0, 0, 0, 1, 0), value=beta), classes, dim=1)
+        runs.append(resized(maps, half).masked_fill(absent, -torch.inf).softmax(dim=1))
+    refined = resized(refine(resized(images, half), torch.cat(runs, dim=1), dilations), size)  # E13
+    sure, maybe = (torch.take_along_dim(classes, maps.argmax(dim=1, keepdim=True), dim=1)[:, 0]
+                   for maps in refined.chunk(2, dim=1))
+    labels = torch.where(sure > 0, sure, torch.where(maybe > 0, IGNORE, 0))
+    return labels.masked_fill(~inside, IGNORE)
+
+
+def seg_loss(logits, labels):
+    """E15: half the mean cross-entropy of background pixels and half that of foreground ones."""
+    losses = F.cross_entropy(resized(logits, labels.shape[1:]), labels, ignore_index=IGNORE,
+                             reduction="none")
+    kinds = labels == 0, (labels > 0) & (labels != IGNORE)
+    return sum((losses * kind).sum() / kind.sum().clamp(min=1) for kind in kinds) / 2

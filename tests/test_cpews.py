@@ -1,0 +1,810 @@
+"""CPEWS and PAR: known answers of every equation, defects of the release, the script end to end."""
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import cpews
+import cpews_model
+import data
+import evaluate
+import par
+import train_seg
+from conftest import in_process
+from cpews_model import CPEWS, CPEWSConfig
+from data import Folder
+from support import beetles, coco as coco_maker, run, voc as voc_maker
+from support.run import DataError
+
+VOC_DILATIONS = (1, 2, 4, 8, 12, 24)
+SHORT = ("--warm-up 3 --iterations 6 --ism-from 1 --seg-from 2 --crop 48 --batch-size 4 "
+         "--save-every 2 --val-images 2 --workers 0").split()
+TOY = "--data x --run y --preset toy".split()
+CPU = torch.device("cpu")
+
+
+def approx(value, tolerance=1e-6):
+    return pytest.approx(value, abs=tolerance)
+
+
+def tokens(*vectors):
+    """A (1, D, 1, n) map of these n token vectors."""
+    return torch.tensor(vectors, dtype=torch.float).T[None, :, None].contiguous()
+
+
+def pools(P=(), N=(), U=()):
+    """The pools of a single class."""
+    return {name: [torch.tensor(rows, dtype=torch.float).reshape(-1, 2)]
+            for name, rows in (("P", P), ("N", N), ("U", U))}
+
+
+# --- E13: PAR ----------------------------------------------------------------------------------
+
+def test_par_weights_sum_to_1_01_and_do_not_depend_on_the_range():
+    image, v = torch.rand(2, 3, 20, 30), torch.full((2, 1, 20, 30), 0.3)
+    w = par.weights(image, VOC_DILATIONS)
+    assert w.shape == (2, 48, 20, 30) and torch.allclose(w.sum(1), torch.tensor(1.01), atol=1e-5)
+    assert torch.allclose(w, par.weights(255 * image, VOC_DILATIONS), atol=1e-5)
+    assert torch.allclose(par.refine(image, v, VOC_DILATIONS), 1.104622 * v, atol=1e-5)
+
+
+def test_par_of_a_constant_image_averages():
+    w = par.weights(torch.full((1, 3, 9, 9), 0.3), VOC_DILATIONS)
+    distance = torch.tensor([d * math.hypot(*way) for d in VOC_DILATIONS for way in par.DIRECTIONS])
+    assert distance.std().item() == approx(9.900305, 1e-5)
+    place = 100 * (w[0, :, 4, 4] - 1 / 48)
+    assert place[par.DIRECTIONS.index((0, 1))].item() == approx(0.0764534, 1e-4)
+    assert place[par.DIRECTIONS.index((1, 1))].item() == approx(0.0682598, 1e-4)
+
+
+def test_par_moves_a_border_to_the_images_edge():
+    image, maps = torch.zeros(1, 3, 32, 32), torch.zeros(1, 2, 32, 32)
+    image[..., 16:] = 1
+    maps[:, 0, :, :18] = maps[:, 1, :, 18:] = 1
+    refined = par.refine(image, maps, VOC_DILATIONS) / 1.01 ** 10
+    assert refined[0, 1, 16, 15].item() == approx(0.0069, 1e-4)
+    assert refined[0, 1, 16, 16].item() == approx(0.9406, 1e-4)
+
+
+def test_par_against_loops():
+    rng, (H, W), dilations = np.random.default_rng(0), (5, 6), (1, 3)
+    image, Q = rng.random((3, H, W)), rng.random((2, H, W))
+    steps = [(d * y, d * x) for d in dilations for y in (-1, 0, 1) for x in (-1, 0, 1) if y or x]
+    distance = np.array([math.hypot(*step) for step in steps])
+    place = np.exp(-(distance / (0.3 * (distance.std(ddof=1) + 1e-8))) ** 2)
+    weights = np.empty((H, W, len(steps)))
+
+    def at(maps, y, x):
+        return maps[:, min(max(y, 0), H - 1), min(max(x, 0), W - 1)]
+    for y in range(H):
+        for x in range(W):
+            near = np.array([at(image, y + dy, x + dx) for dy, dx in steps])
+            std = near.std(axis=0, ddof=1)
+            colour = np.exp(-(((near - image[:, y, x]) / (0.3 * (std + 1e-8))) ** 2).mean(1))
+            weights[y, x] = colour / colour.sum() + 0.01 * place / place.sum()
+    expected = Q
+    for _ in range(3):
+        expected = np.array([[sum(w * at(expected, y + dy, x + dx)
+                                  for w, (dy, dx) in zip(weights[y, x], steps))
+                              for x in range(W)] for y in range(H)]).transpose(2, 0, 1)
+    ours = par.refine(torch.tensor(image)[None], torch.tensor(Q)[None], dilations, iterations=3)
+    assert np.allclose(ours[0].numpy(), expected, atol=1e-5)
+
+
+# --- E1 to E6: the network ---------------------------------------------------------------------
+
+def network(aux_block=3, C=9):
+    torch.manual_seed(0)
+    return CPEWS(CPEWSConfig(C, "vit_toy", aux_block, 2)).eval()
+
+
+def pixel_network(W, aux_W=None):
+    """A CPEWS whose F is the image itself, and A its negative: tokens are pixels."""
+    model = network()
+    model.patch, model.encode = 1, lambda images: (images, -images)
+    for name, weight in (("classifier", W), ("aux_classifier", W if aux_W is None else aux_W)):
+        head = torch.nn.Linear(3, len(weight), bias=False)
+        head.weight.data = torch.tensor(weight, dtype=torch.float)
+        setattr(model, name, head)
+    return model
+
+
+def test_features_are_timms_and_those_of_the_last_block_are_normed():
+    model, images = network(), torch.rand(2, 3, 48, 96)
+    with torch.no_grad():
+        features, aux = model.encode(images)
+        x = (images - 0.5) / 0.5  # vit_toy's mean and deviation, not ImageNet's
+        whole = model.backbone.forward_features(x)[:, 1:]
+        inner, = model.backbone.get_intermediate_layers(x, n=[2], reshape=True)
+        assert features.shape == aux.shape == (2, 128, 6, 12)
+        assert torch.allclose(features, whole.transpose(1, 2).unflatten(2, (6, 12)), atol=1e-5)
+        assert torch.allclose(aux, inner, atol=1e-5)
+        last, features = network(aux_block=4), model.encode(images)[0]
+        assert torch.equal(last.encode(images)[1], features)
+
+
+def test_an_auxiliary_head_that_is_the_main_one_has_its_maps():
+    model, images, y = network(aux_block=4), torch.rand(2, 3, 48, 48), torch.ones(2, 8)
+    model.aux_classifier.weight = model.classifier.weight
+    cam, aux_cam = model.cams(images, y, [1.0, 0.5])
+    assert torch.equal(cam, aux_cam) and 0 <= cam.min() and 0.99 < cam.amax() <= 1
+    z, aux_z = model.scores(*model.encode(images))
+    assert torch.equal(z, aux_z)
+
+
+def test_scores_are_linear_in_the_maximum_of_each_channel():
+    model = pixel_network([[1, 2, 0], [0, 0, 1]], [[1, 0, 0], [0, 0, 1]])
+    image = torch.tensor([[[3.0, -1]], [[-2, 5]], [[0, 0.5]]])[None]  # channels x 1 x 2
+    z, aux_z = model.scores(*model.encode(image))
+    assert z.tolist() == [[3 + 2 * 5, 0.5]] and aux_z.tolist() == [[1, 0]]
+    raw, aux_raw = model.maps(*model.encode(image))
+    assert raw[0, :, 0].tolist() == [[3 - 4, -1 + 10], [0, 0.5]]
+    assert aux_raw[0, :, 0].tolist() == [[-3, 1], [0, -0.5]]
+
+
+def test_cam_by_hand():
+    image = torch.zeros(1, 3, 2, 2)
+    image[0, 0], y = torch.tensor([[-1.0, 0], [1, 3]]), torch.tensor([[1.0, 0]])
+    model = pixel_network([[1, 0, 0], [1, 0, 0]])
+    cam, aux_cam = model.cams(image, y, [1.0])
+    assert torch.allclose(cam[0, 0], torch.tensor([[0, 0], [1 / 3, 1]]), atol=1e-5)
+    assert not cam[0, 1].any() and aux_cam[0, 0, 0, 0].item() == approx(1, 1e-4)  # absent; -map
+    cam, _ = model.cams(-image.abs(), y, [1.0])
+    assert torch.equal(cam, torch.zeros(1, 2, 2, 2))  # no NaN
+    image[0, 0] = torch.tensor([[1.0, 2], [2, 3]])
+    cam, _ = model.cams(image, y, [1.0])
+    assert torch.allclose(cam[0, 0], torch.tensor([[0, 0.5], [0.5, 1]]), atol=1e-5)
+
+
+def test_cams_turn_the_flipped_run_back_and_sum_over_scales():
+    model, y = pixel_network([[1, 0, 0]]), torch.ones(1, 1)
+    left = torch.zeros(1, 3, 4, 8)
+    left[0, 0, :, :2] = 1  # an encoder that sees only the left half: the flip finds the right one
+    model.encode = lambda images: (images * (torch.arange(images.shape[-1]) < 4), images)
+    both = torch.maximum(left, left.flip(-1))
+    cam, _ = model.cams(both, y, [1.0])
+    assert torch.allclose(cam[0, 0], both[0, 0], atol=1e-4)
+    model = pixel_network([[1, 0, 0]])
+    half = F.interpolate(left, (2, 4), mode="bilinear", align_corners=False)
+    expected = left + F.interpolate(half, (4, 8), mode="bilinear", align_corners=False)
+    cam, _ = model.cams(left, y, [1.0, 0.5])
+    assert torch.allclose(cam[0, 0], expected[0, 0] / expected.max(), atol=1e-4)
+
+
+def test_the_prediction_sums_flips_and_takes_the_best_scale():
+    model, image = network(), torch.rand(1, 3, 50, 70)  # no multiple of the patch
+    model.scales = [1.0, 0.5]
+    expected = []
+    with torch.no_grad():
+        for size in ((48, 72), (24, 32)):
+            x = F.interpolate(image, size, mode="bilinear", align_corners=False)
+            runs = [F.interpolate(model.decoder(model.encode(each)[0]), (50, 70), mode="bilinear",
+                                  align_corners=False) for each in (x, x.flip(-1))]
+            expected.append(runs[0] + runs[1].flip(-1))
+        assert torch.allclose(model(image)[0], torch.maximum(*expected), atol=1e-5)
+
+
+def test_the_decoder_reaches_its_two_dilations():
+    model = CPEWS(CPEWSConfig(3, "vit_toy", 3, 5))
+    features = torch.zeros(1, 128, 31, 31, requires_grad=True)
+    features.data.normal_()
+    model.segment(features)[0, :, 15, 15].sum().backward()
+    rows = features.grad.abs().sum((0, 1, 3)).nonzero().flatten().tolist()
+    assert rows == [5, 10, 15, 20, 25]
+    convs = [module for module in model.decoder if isinstance(module, torch.nn.Conv2d)]
+    assert [tuple(conv.weight.shape[:2]) for conv in convs] == [(128, 128), (128, 128), (3, 128)]
+    assert all(conv.bias is None for conv in convs)
+
+
+# --- E7, E8: ISM -------------------------------------------------------------------------------
+
+def test_token_labels_by_hand():
+    cam = torch.zeros(1, 4, 2, 3)
+    cam[0, 2] = torch.tensor([[0.25, 0.26, 0.7], [0.71, 0.9, 0.9]])
+    inside = torch.ones(1, 2, 3, dtype=torch.bool)
+    inside[0, 1, 2] = False
+    labels = cpews_model.token_labels(cam, inside, (2, 3), 0.7, 0.25)
+    assert labels.tolist() == [[[0, 255, 255], [3, 3, 255]]]
+
+
+def test_a_token_is_inside_where_its_middle_is():
+    inside = torch.ones(1, 16, 16, dtype=torch.bool)
+    inside[:, :, 10:] = False
+    labels = cpews_model.token_labels(torch.zeros(1, 1, 16, 16), inside, (2, 2), 0.7, 0.25)
+    assert labels.tolist() == [[[0, 255], [0, 255]]]
+
+
+@pytest.mark.parametrize("labels, expected", [
+    ([[1, 1], [0, 0]], 0.1), ([[1, 0], [1, 0]], 13 / 18), ([[1, 1], [0, 255]], 1 / 6),
+    ([[255, 255], [255, 255]], 0.5)])
+def test_ism_by_hand(labels, expected):
+    features = torch.tensor([[1.0, 0], [-2, 0], [0, 1], [0, -3]])  # cosines -1, 0, -1
+    features = features.T.reshape(1, 2, 2, 2).clone().requires_grad_()
+    loss = cpews_model.ism_loss(features, torch.tensor([labels]))
+    loss.backward()
+    assert loss.item() == approx(expected)
+    assert expected != 0.5 or not features.grad.any()
+
+
+# --- E9, E10: regions and pools ----------------------------------------------------------------
+
+def test_masked_average_pooling_by_hand():
+    features = tokens((1, 0), (3, 0), (0, 2), (0, 4))
+    raw = torch.tensor([[[[1.0, 1, 0, -1]], [[-3, -2, -1, -1]], [[0, 0.09, 0.11, 1]]]])
+    f, regions = cpews_model.region_features(raw, features, 0.1)
+    assert torch.allclose(f[0], torch.tensor([[2.0, 0], [0, 0], [0, 3]]), atol=1e-4)
+    assert regions[0, :, 0].tolist() == [[True, True, False, False], [False] * 4,
+                                         [False, False, True, True]]
+
+
+def test_k_means_by_hand_and_by_loops():
+    points = torch.tensor([[0.0, 0], [0, 1], [10, 0], [10, 1]])
+    for seed in range(5):
+        centres = cpews_model.k_means(points, cpews_model.first_centres(points, 2, seed))
+        assert sorted(centres.tolist()) == [[0, 0.5], [10, 0.5]]
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(40, 3)).astype(np.float32)
+    start = cpews_model.first_centres(torch.tensor(points), 6, 0)
+    assert {tuple(row) for row in start.tolist()} <= {tuple(row) for row in points.tolist()}
+    assert len(start.unique(dim=0)) == 6
+    expected = start.numpy().astype(float)
+    for _ in range(10):
+        nearest = [min(range(6), key=lambda k: sum((p - expected[k]) ** 2)) for p in points]
+        expected = [np.mean([p for p, k in zip(points, nearest) if k == mine], axis=0)
+                    if mine in nearest else expected[mine] for mine in range(6)]
+    centres = cpews_model.k_means(torch.tensor(points), start).numpy()
+    assert np.allclose(centres, expected, atol=1e-5)
+
+
+def test_equal_points_and_centres_without_points_are_no_trouble():
+    same = torch.ones(12, 2)
+    centres = cpews_model.k_means(same, cpews_model.first_centres(same, 3, 0))
+    assert torch.equal(centres, torch.ones(3, 2))
+
+
+def regions_of(*images):
+    """What make_pools takes: images as (f of every class, z, labels), where None is no region."""
+    for f, z, labels in images:
+        yield (torch.tensor([[0.0, 0.0] if row is None else row for row in f]),
+               torch.tensor([row is not None for row in f]), torch.tensor(z), torch.tensor(labels))
+
+
+def test_pools_by_hand():
+    images = [([[1.0, 1], [5, 5]], [9.0, 0.1], [1.0, 0]),
+              ([[2.0, 2], [6, 6]], [9.0, 0.3], [1.0, 0]),
+              ([None, [7.0, 7]], [9.0, 0.2], [1.0, 0]), ([[3.0, 3], [8, 8]], [0.5, 9.0], [0.0, 1])]
+    made = cpews_model.make_pools(regions_of(*images), None, 2, 0)
+    assert made["P"][0].tolist() == [[1, 1], [2, 2]] and made["P"][1].tolist() == [[8, 8]]
+    assert made["N"][0].tolist() == [[3, 3]]
+    assert made["N"][1].tolist() == [[6, 6], [7, 7]]  # the two with the highest z
+    assert all(torch.equal(N, U) for N, U in zip(made["N"], made["U"]))  # no superclasses
+    many = [([[float(n % 7), 0], None], [0.0, 0], [1.0, 0]) for n in range(30)]
+    first, again = (cpews_model.make_pools(regions_of(*many), None, 3, 5) for _ in range(2))
+    assert first["P"][0].shape == (3, 2) and torch.equal(first["P"][0], again["P"][0])
+    assert first["N"][0].shape == first["P"][1].shape == (0, 2)
+
+
+def test_negatives_with_a_relative_are_not_in_u():
+    """Superclasses {a, b}, {c}: an image of b is no negative of a for E12, one of c is."""
+    images = [([[n, 0.0]] * 3, [1 - n / 9] * 3, y) for n, y in enumerate(
+        ([0.0, 1, 0], [0.0, 0, 1], [0.0, 1, 1], [1.0, 0, 0]))]
+    made = cpews_model.make_pools(regions_of(*images), [0, 0, 1], 10, 0)
+    assert made["N"][0][:, 0].tolist() == [0, 1, 2] and made["U"][0][:, 0].tolist() == [1]
+    assert made["N"][2][:, 0].tolist() == [0, 3] and made["U"][2].shape == (0, 2)
+
+
+def test_regions_come_from_the_trained_pairs_and_scores_from_the_maximum(toy):
+    """M = W F, or M' = W' A with --pool-cam aux; the feature is F's; z is E3's, no mean of M."""
+    W, aux_W = [[1, 0, 0]] * 8, [[0, -1, 0]] * 8  # A is -F: M' is the second channel
+    model, folder = pixel_network(W, aux_W), Folder(toy)
+    image_id = folder.ids("train")[0]
+    image = np.array(data.read_image(folder.image_path(image_id))) / 255
+    for cam, map_, best in (("main", image[..., 0], image[..., 0].max()),
+                            ("aux", image[..., 1], image[..., 1].min())):
+        args = cpews.parse_args(["--data", str(toy), "--run", "r", "--pool-cam", cam,
+                                 "--mask-threshold", "0.9", "--workers", "0"])
+        (f, exists, z, y), = cpews.image_regions(model, folder, [image_id], args, CPU)
+        region = map_ / map_.max() > 0.9
+        assert exists.all() and np.allclose(f[0].numpy(), image[region].mean(0), atol=1e-3)
+        assert z[0].item() == approx(best)
+        assert torch.equal(y, folder.image_labels(image_id)[1:])
+
+
+def test_the_losses_of_the_prototypes_use_w_on_f():
+    """W and W' that peak at different tokens: f_c is F at W's, and no loss knows W'."""
+    model = pixel_network([[1, 0, 0]], [[0, 9, 0]])
+    image = torch.zeros(1, 3, 1, 2)
+    image[0, 0, 0, 0] = image[0, 1, 0, 1] = 1
+    args = cpews.parse_args(TOY)
+    batch = image, torch.ones(1, 1, 2, dtype=torch.bool), torch.ones(1, 1)
+    near = dict(P=[torch.tensor([[1.0, 0, 0]])], N=[torch.tensor([[0.0, 1, 0]])],
+                U=[torch.zeros(0, 3)])
+    _, seen = cpews.batch_losses(model, model.encode, batch, near, args, 0)
+    assert seen["near"].item() == approx(0.01, 1e-5)
+    assert seen["far"].item() == approx(math.sqrt(2 / 3 + 1e-4), 1e-4)
+
+
+# --- E11, E12: the losses of the prototypes ----------------------------------------------------
+
+W_F = torch.tensor([[2.0, 1]])  # of both known answers; F_1 = (1, 0), F_2 = (0, 1): M = (2, 1)
+
+
+def activated():
+    features, W = tokens((1, 0), (0, 1)).requires_grad_(), W_F.clone().requires_grad_()
+    raw = torch.einsum("od,bdhw->bohw", W, features)
+    return features, W, raw, *cpews_model.region_features(raw, features, 0.1)
+
+
+def test_pdl_by_hand():
+    features, W, raw, f, regions = activated()
+    assert regions.all() and torch.allclose(f[0, 0], torch.tensor([0.5, 0.5]), atol=1e-4)
+    distances = cpews_model.prototype_distances(
+        f, regions.any(3).any(2), pools(P=[(0, 1), (1, 0)], N=[(1.5, 0.5), (9, 9)]))
+    near, far = (distances / 13 + 0.1)[0].tolist()
+    assert near == approx(0.100769, 1e-5)
+    assert -math.log(1 - math.exp(-far)) == approx(1.944426, 1e-4)
+    loss = cpews_model.pdl_loss(distances, 13)
+    assert loss.item() == approx(0.100769 + 1.944426, 1e-4)
+    loss.backward()
+    assert features.grad.any() and W.grad is None
+    worst = cpews_model.pdl_loss(torch.tensor([[0.01, 0.01]]), 13).item()
+    assert math.exp(-(0.01 / 13 + 0.1)) == approx(0.904142)
+    assert worst == approx(0.100769 + 2.344884)
+
+
+@pytest.mark.parametrize("without", ["P", "N", "class"])
+def test_a_class_without_prototypes_has_no_pdl(without):
+    _, _, _, f, regions = activated()
+    made = pools(P=[] if without == "P" else [(1, 1)], N=[] if without == "N" else [(2, 2)])
+    present = regions.any(3).any(2) & (without != "class")
+    assert cpews_model.pdl_loss(cpews_model.prototype_distances(f, present, made), 13) == 0
+
+
+@pytest.mark.parametrize("P, U, wrong", [([(1, 0)], [(0, 1)], 1), ([(0, 1)], [(1, 0)], 0)])
+def test_ssl_by_hand_and_its_gradient(P, U, wrong):
+    features, W, raw, _, regions = activated()
+    scores = cpews_model.false_scores(raw, features, regions, torch.ones(1, 1), pools(P=P, U=U))
+    loss = cpews_model.ssl_loss(scores)
+    loss.backward()
+    assert loss.item() == (2, 1)[wrong]
+    assert W.grad.tolist() == [features[0, :, 0, wrong].tolist()]  # the mean of F over the wrong
+    assert features.grad[0, :, 0, wrong].tolist() == W_F[0].tolist()
+    assert not features.grad[0, :, 0, 1 - wrong].any()
+
+
+@pytest.mark.parametrize("P, U, y", [
+    ([(1, 0)], [], 1.0), ([], [(0, 1)], 1.0), ([(1, 0)], [(0, 1)], 0.0)])
+def test_without_prototypes_or_label_no_token_is_wrong(P, U, y):
+    features, _, raw, _, regions = activated()
+    y = torch.full((1, 1), y)
+    scores = cpews_model.false_scores(raw, features, regions, y, pools(P=P, U=U))
+    assert len(scores) == 0 and cpews_model.ssl_loss(scores) == 0
+
+
+def test_a_token_outside_the_region_is_left_alone():
+    features, W = tokens((1, 0), (-1, 2)), W_F  # M = (2, 0), and F_2 is nearer to U_c
+    raw = torch.einsum("od,bdhw->bohw", W, features)
+    _, regions = cpews_model.region_features(raw, features, 0.1)
+    made = pools(P=[(1, 0)], U=[(0, 1)])
+    assert len(cpews_model.false_scores(raw, features, regions, torch.ones(1, 1), made)) == 0
+    regions[:] = True
+    assert len(cpews_model.false_scores(raw, features, regions, torch.ones(1, 1), made)) == 1
+
+
+# --- E14, E15: the decoder's labels and its loss -----------------------------------------------
+
+def test_pixel_labels_by_hand():
+    """Maps of one value: above both betas, between them, below both, and of an absent class."""
+    cam = torch.zeros(4, 4, 6, 8)
+    cam[:3, 2] = torch.tensor([0.8, 0.5, 0.1])[:, None, None]
+    cam[3, 0] = 1
+    y, inside = torch.zeros(4, 4), torch.ones(4, 6, 8, dtype=torch.bool)
+    y[:3, 2] = y[0, 3] = 1
+    inside[..., 7] = False
+    labels = cpews_model.pixel_labels(cam, torch.rand(4, 3, 6, 8), y, inside, 0.7, 0.25, (1, 2))
+    for image, value in zip(labels, (3, 255, 0, 0)):
+        assert (image[:, :7] == value).all() and (image[:, 7] == 255).all()
+
+
+def test_pixel_labels_are_refined_in_the_images_own_classes():
+    image, cam = torch.zeros(1, 3, 64, 64), torch.zeros(1, 5, 64, 64)
+    image[..., 32:] = 1
+    cam[0, 4, :, 36:] = 1  # the border of the map is 4 pixels off the edge of the image
+    labels = cpews_model.pixel_labels(cam, image, torch.tensor([[0.0, 1, 0, 0, 1]]),
+                                      torch.ones(1, 64, 64, dtype=torch.bool), 0.6, 0.5, (1, 2, 4))
+    assert (labels[0, :, :31] == 0).all() and (labels[0, :, 33:] == 5).all()
+
+
+def test_seg_loss_by_hand():
+    labels = torch.zeros(1, 4, 4, dtype=torch.long)
+    uniform = torch.zeros(1, 5, 2, 2)
+    assert cpews_model.seg_loss(uniform, labels).item() == approx(math.log(5) / 2)
+    labels[0, 0, 0], labels[0, 3] = 2, 255
+    assert cpews_model.seg_loss(uniform, labels).item() == approx(math.log(5))
+    logits = torch.randn(1, 5, 4, 4)
+    kinds = [F.cross_entropy(logits[:, :, labels[0] == k].transpose(1, 2).flatten(0, 1),
+                             torch.full(((labels == k).sum(),), k)) for k in (0, 2)]
+    assert cpews_model.seg_loss(logits, labels).item() == approx(sum(kinds).item() / 2, 1e-5)
+
+
+@pytest.mark.parametrize("value", [0, 3, 255])
+def test_one_kind_of_pixel_alone_is_finite(value):
+    logits = torch.randn(2, 5, 3, 3, requires_grad=True)
+    loss = cpews_model.seg_loss(logits, torch.full((2, 6, 6), value))
+    loss.backward()
+    assert loss.isfinite() and logits.grad.isfinite().all() and (value != 255) == logits.grad.any()
+
+
+# --- training ----------------------------------------------------------------------------------
+
+def test_the_rate_is_that_of_the_release():
+    expected = {0: 1e-6, 199: 0.132668, 750: 0.500001, 1500: 0.932240, 2399: 0.891367,
+                10000: 0.535887}
+    for step, factor in expected.items():
+        assert cpews.rate(step, 20000, 1500) == approx(factor)
+
+
+def test_inside_is_where_the_photo_is(toy_copy):
+    """A white photo on a fill of another colour, over many crops, half of them flipped."""
+    folder = Folder(toy_copy)
+    image_id = folder.ids("train")[0]
+    Image.new("RGB", (40, 25), "white").save(folder.image_path(image_id), quality=100)
+    args = cpews.parse_args(["--data", str(toy_copy), "--run", "r", "--rescale", "0.5", "3"])
+    crops, columns = cpews.Crops(folder, [image_id], args, (10, 20, 30)), []
+    for draw in range(24):
+        image, inside, labels = crops[0, draw]
+        assert torch.equal(inside, (image == 255).all(0)) and 0 < inside.sum() < inside.numel()
+        assert set(image.flatten(1)[:, ~inside.flatten()].unique(dim=1).T.flatten().tolist()) == {
+            10, 20, 30}
+        columns.append(inside.any(0).float().argmax().item())
+    assert len(set(columns)) > 10 and torch.equal(labels, folder.image_labels(image_id)[1:])
+    assert torch.equal(crops[0, 3][0], crops[0, 3][0]) and not torch.equal(crops[0, 3][0],
+                                                                           crops[0, 4][0])
+
+
+@pytest.fixture(scope="module")
+def batch(toy):
+    folder = Folder(toy)
+    args = cpews.parse_args([*TOY, "--ism-from", "0", "--seg-from", "0"])
+    crops = cpews.Crops(folder, folder.ids("train")[:4], args, (128, 128, 128))
+    images, inside, y = (torch.stack(part) for part in zip(*(crops[i, i] for i in range(4))))
+    return args, (images / 255, inside, y)
+
+
+def prototypes_of(D=128, classes=8):
+    generator = torch.Generator().manual_seed(1)
+    return {name: [torch.randn(3, D, generator=generator) for _ in range(classes)]
+            for name in ("P", "N", "U")}
+
+
+LEARN = {  # loss -> parts of the network that get a gradient; the ViT: all, or what leads to A
+    "cls": {"vit", "top", "classifier"}, "aux": {"vit", "aux_classifier"}, "ism": {"vit", "top"},
+    "pdl": {"vit", "top"}, "ssl": {"vit", "top", "classifier"}, "seg": {"vit", "top", "decoder"}}
+
+
+@pytest.mark.parametrize("name", LEARN)
+def test_each_loss_reaches_its_parameters_and_no_others(batch, name):
+    args, batch = batch
+    model = network(aux_block=2)
+    model.train_encoder(True)
+    losses, _ = cpews.batch_losses(model, model.encode, batch, prototypes_of(), args, 5)
+    assert set(losses) == set(LEARN)
+    losses[name].backward()
+    for parameter, weight in model.named_parameters():
+        part, _, rest = parameter.partition(".")
+        if part == "backbone":
+            top = rest.startswith(("blocks.2", "blocks.3", "norm."))
+            part = "top" if top else "fixed" if rest == "pos_embed" else "vit"
+        learns = weight.grad is not None and bool(weight.grad.any())
+        assert learns == (part in LEARN[name]), parameter
+
+
+def test_phases_weights_and_the_source_of_the_labels(batch, monkeypatch):
+    args, batch = batch
+    model, used = network(), []
+    model.train_encoder(True)
+    model.cams = lambda images, y, scales: [torch.full((4, 8, 96, 96), value) for value in (1., 2.)]
+    monkeypatch.setattr(cpews, "pixel_labels", lambda cam, *rest: used.append(cam[0, 0, 0, 0]) or
+                        torch.zeros(4, 96, 96, dtype=torch.long))
+
+    def losses(t, pools=None, **changed):
+        now = type(args)(**vars(args) | dict(ism_from=7, seg_from=4) | changed)
+        return set(cpews.batch_losses(model, model.encode, batch, pools, now, t)[0])
+
+    assert losses(-1) == losses(-1, ism_from=0, seg_from=0) == {"cls", "aux"}
+    assert losses(0, prototypes_of()) == {"cls", "aux", "pdl", "ssl"}
+    assert losses(4) == {"cls", "aux", "seg"} and losses(7) == {"cls", "aux", "seg", "ism"}
+    assert losses(7, seg_weight=0.0) == {"cls", "aux", "ism"}
+    assert losses(7, ism_weight=0.0) == {"cls", "aux", "seg"}
+    assert used == [2, 1, 1]  # cam' until ISM begins, then cam
+    full = cpews.batch_losses(model, model.encode, batch, prototypes_of(), args, 9)[0]
+    args = type(args)(**vars(args) | dict(ism_weight=2.0, seg_weight=0.3))
+    half = cpews.batch_losses(model, model.encode, batch, prototypes_of(), args, 9)[0]
+    assert half["ism"].item() == pytest.approx(10 * full["ism"].item(), rel=1e-3)
+    assert half["seg"].item() == pytest.approx(3 * full["seg"].item(), rel=1e-3)
+
+
+def trained(toy, home, *flags):
+    in_process(cpews, "--data", toy, "--run", home, *SHORT, *flags)
+    return torch.load(home / "cpews.pt", weights_only=True)
+
+
+def flat(checkpoint):
+    """Every tensor that a run leaves behind: weights, moments, prototypes."""
+    moments = {f"{k} {name}": value for k, state in checkpoint["optimizer"]["state"].items()
+               for name, value in state.items()}
+    prototypes = {f"{name} {c}": each for name, pool in checkpoint["pools"].items()
+                  for c, each in enumerate(pool)}
+    return checkpoint["model"] | moments | prototypes
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """16 beetles to train on, 4 and 4 to score."""
+    root = tmp_path_factory.mktemp("cpews") / "small"
+    beetles.make_toy(root, (16, 4, 4))
+    return root
+
+
+def test_a_killed_run_goes_on_to_the_same_weights_and_prototypes(small, tmp_path, monkeypatch):
+    flags = ("--pool-updates", "1", "--freeze-warm-up", "--rescale", "0.7", "1.5", "--jitter")
+    whole = trained(small, tmp_path / "whole", *flags)
+    steps, real = [], cpews.batch_losses
+
+    def killed(model, encode, batch, pools, args, t):
+        steps.append(t)
+        if len(steps) in (4, 8):  # within the round of the first pools, and after the second ones
+            raise KeyboardInterrupt
+        return real(model, encode, batch, pools, args, t)
+
+    monkeypatch.setattr(cpews, "batch_losses", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            trained(small, tmp_path / "killed", *flags, "--resume")
+    again = trained(small, tmp_path / "killed", *flags, "--resume")
+    assert steps == [-3, -2, -1, 0, -1, 0, 1, 2, 1, 2, 3, 4, 5]
+    whole, again = flat(whole), flat(again)
+    assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
+    in_process(cpews, "--data", small, "--run", tmp_path / "killed", *SHORT, *flags, "--resume")
+    with pytest.raises(DataError, match="made with --temperature 13.0, now it is 9.0"):
+        trained(small, tmp_path / "killed", *flags, "--resume", "--temperature", "9")
+    with pytest.raises(DataError, match="cpews.pt exists: --resume goes on"):
+        trained(small, tmp_path / "killed", *flags)
+
+
+def test_pools_come_from_the_trained_classifier_once_and_stay(small, tmp_path, monkeypatch):
+    regions, pools, made = cpews.image_regions, cpews.make_pools, []
+    monkeypatch.setattr(cpews, "image_regions", lambda model, *rest: made.append(
+        [model.classifier.weight.clone()]) or regions(model, *rest))
+    monkeypatch.setattr(cpews, "make_pools", lambda *rest: made[-1].append(pools(*rest)) or
+                        made[-1][1])
+    checkpoint = trained(small, tmp_path / "once")
+    (W, pools_of_once), = made
+    torch.manual_seed(0)
+    start = CPEWS(CPEWSConfig(9, "vit_toy", 3, 2)).classifier.weight
+    end = checkpoint["model"]["classifier.weight"]
+    assert not torch.equal(W, start) and not torch.equal(W, end)
+    for name in "PNU":
+        assert all(map(torch.equal, pools_of_once[name], checkpoint["pools"][name]))
+    trained(small, tmp_path / "thrice", "--pool-updates", "2")
+    first, last = (torch.cat(made[k][1]["N"]) for k in (1, 3))
+    assert len(made) == 4 and not (first.shape == last.shape and torch.allclose(first, last))
+    trained(small, tmp_path / "never", "--pdl-weight", "0", "--ssl-weight", "0")
+    assert len(made) == 4
+
+
+def test_the_frozen_encoder_does_not_move_in_the_warm_up(small, tmp_path):
+    """Nor does its batch norm: it has seen the one step after the warm-up, at a rate of nothing."""
+    flags = ("--iterations", "1", "--save-every", "9", "--lr", "1e-9", "--head-lr", "1000")
+    torch.manual_seed(0)
+    fresh = CPEWS(CPEWSConfig(9, "vit_toy", 3, 2)).state_dict()
+    for freeze, seen in (("--freeze-warm-up", 1), ("--no-freeze-warm-up", 4)):
+        model = trained(small, tmp_path / freeze, *flags, freeze)["model"]
+        assert {model[key].item() for key in fresh if key.endswith("batches_tracked")} == {seen}
+        assert torch.allclose(fresh["backbone.norm.weight"], model["backbone.norm.weight"])
+
+
+# --- the script, as a person runs it -----------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory, script):
+    """(RUN, output): the real command trains and writes the masks of train."""
+    home = tmp_path_factory.mktemp("cpews") / "run"
+    where = ("extras/cpews.py", "--data", small, "--run", home)
+    _, first = script(*where, *SHORT)
+    _, second = script(*where, "--predict", "train", "--workers", "0")
+    return home, first + second
+
+
+def test_the_chain_on_16_beetles(finished, small, tmp_path, capsys):
+    home, output = finished
+    ids = set(Folder(small).ids("train"))
+    for name in ("cam", "pseudo", "pred"):
+        assert {path.stem for path in (home / name).glob("*.png")} == ids
+        assert f"masks {name}  split train  num_images 16  miou" in output
+        in_process(evaluate, "--data", small, "--masks", home / name, "--split", "train",
+                   "--workers", "0")
+        results = json.loads((home / name / "results.json").read_text())
+        assert results["image_labels_used"] is (name != "pred") and results["crf"] is False
+        assert f"{results['miou']:.4g}" in output and results["seed"] == 0
+    lines = [json.loads(line) for line in (home / "log.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "step" in line][-1]
+    assert {"loss", "train_map", "cls", "aux", "ism", "pdl", "ssl", "seg", "near", "far", "false",
+            "labelled", "val_cam", "val_aux", "val_pred"} <= set(last)
+    in_process(train_seg, "--data", small, "--run", tmp_path, "--masks", home / "pseudo",
+               "--iterations", "1", "--batch-size", "2", "--val-split", "none", "--workers", "0")
+    assert (tmp_path / "seg.pt").is_file()
+
+
+def test_the_masks_are_those_of_the_equations(finished, small):
+    home, _ = finished
+    folder, image_id = Folder(small), Folder(small).ids("train")[0]
+    model, checkpoint = cpews.load_model(home / "cpews.pt", "cpews", CPEWSConfig, CPEWS)
+    image = np.array(data.read_image(folder.image_path(image_id)))
+    x, y = torch.tensor(image).permute(2, 0, 1)[None] / 255, folder.image_labels(image_id)[None, 1:]
+    with torch.no_grad():
+        cam, _ = model.cams(x, y, [1.0])
+        best = model(x)[0][0].argmax(0)
+    expected = torch.where(cam[0].amax(0) > 0.5, cam[0].argmax(0) + 1, 0)
+    masks = {name: data.read_mask(home / name / f"{image_id}.png", 9)
+             for name in ("cam", "pseudo", "pred")}
+    assert (masks["cam"] == expected.numpy()).mean() > 0.999
+    assert (masks["pred"] == best.numpy()).mean() > 0.999
+    assert set(np.unique(masks["pseudo"])) <= {0, 255, *(y[0].nonzero().flatten() + 1).tolist()}
+    assert checkpoint["kind"] == "cpews"
+
+
+def test_splits_share_folders_and_nothing_is_mixed_or_lost(finished, small, tmp_path, capsys):
+    home = shutil.copytree(finished[0], tmp_path / "run")
+    where = (cpews, "--data", small, "--run", home, "--workers", "0", "--predict")
+    before = {path: path.read_bytes() for path in home.glob("*/train*.png")}
+    victim = min(before)
+    victim.unlink()
+    in_process(*where, "train")
+    in_process(*where, "val")
+    assert {path: path.read_bytes() for path in before} == before
+    assert len([*home.glob("pred/*.png")]) == 16 + 4
+    with pytest.raises(DataError, match="cam holds masks .*--overwrite replaces them"):
+        in_process(*where, "val", "--cam-high", "0.6")
+    with pytest.raises(DataError, match="pred holds masks .*--overwrite replaces them"):
+        in_process(*where, "val", "--crf")
+    in_process(*where, "val", "--crf", "--overwrite")
+    made = json.loads((home / "pred/settings.json").read_text())
+    assert made["crf"] and made["constants"]["gaussian_compat"] == 1
+    assert not [*home.glob("pred/train*.png")]
+
+
+def test_the_flags_of_training_hold_for_the_masks(finished, small, tmp_path, capsys):
+    home = shutil.copytree(finished[0], tmp_path / "run")
+    checkpoint = torch.load(home / "cpews.pt", weights_only=True)
+    checkpoint["args"] |= dict(cam_high=0.55, par_dilations=[1], seed=7)
+    torch.save(checkpoint, home / "cpews.pt")
+    in_process(cpews, "--data", small, "--run", home, "--workers", "0", "--predict", "val",
+               "--overwrite", "--cam-low", "0.2")
+    made = json.loads((home / "pseudo/settings.json").read_text())
+    assert (made["cam_high"], made["cam_low"], made["par_dilations"], made["seed"]) == (
+        0.55, 0.2, [1], 7)
+    with pytest.raises(SystemExit):
+        cpews.parse_args(["--data", "x", "--run", "y", "--predict", "val", "--aux-block", "2"])
+    assert "--aux-block is for training: cpews.pt has its own" in capsys.readouterr().err
+
+
+def test_a_photo_is_segmented(finished, tmp_path):
+    Image.new("RGB", (61, 35), (90, 160, 30)).save(tmp_path / "photo.jpg")
+    out = tmp_path / "photo.png"
+    in_process(cpews, "--run", finished[0], "--image", tmp_path / "photo.jpg", "--out", out)
+    assert data.read_mask(out, 9).shape == (35, 61)
+    assert (tmp_path / "photo_overlay.png").is_file()
+
+
+# --- superclasses.txt --------------------------------------------------------------------------
+
+def test_the_makers_write_superclasses(toy, coco, tmp_path):
+    assert cpews_model.superclasses(Folder(toy)) == [0, 0, 1, 1, 2, 2, 3, 3]
+    for split in ("train", "val"):
+        path = coco / f"annotations/instances_{split}2014.json"
+        content = json.loads(path.read_text())
+        for kind in content["categories"]:
+            kind["supercategory"] = "person" if kind["id"] == 1 else f"kind{kind['id'] % 11}"
+        path.write_text(json.dumps(content))
+    coco_maker.make_coco(coco, counts={"train": (5, 4), "val": (3, 2)})
+    groups = cpews_model.superclasses(Folder(coco))
+    assert len(groups) == 80 and len(set(groups)) == 12 and groups.count(groups[0]) == 1
+    run.write_lines(tmp_path / "superclasses.txt", voc_maker.VOC_SUPERCLASSES)
+    run.write_lines(tmp_path / "classes.txt", voc_maker.VOC_CLASSES)
+    groups = dict(zip(voc_maker.VOC_CLASSES[1:], cpews_model.superclasses(Folder(tmp_path))))
+    alike = [{name for name in groups if groups[name] == k} for k in range(4)]
+    assert [len(names) for names in alike] == [1, 6, 7, 6] and alike[0] == {"person"}
+    assert {"bird", "sheep"} < alike[1] and {"bus", "train"} < alike[2] and "sofa" in alike[3]
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+def edit(path, change):
+    path.write_text(change(path.read_text()))
+
+
+def test_without_superclasses_all_negatives_count(small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "data")
+    (folder / "superclasses.txt").unlink()
+    pools = trained(folder, tmp_path / "run", "--iterations", "1")["pools"]
+    assert any(len(U) for U in pools["U"])
+    assert all(torch.equal(N, U) for N, U in zip(pools["N"], pools["U"]))
+    shutil.copy(small / "superclasses.txt", folder)
+    with pytest.raises(DataError, match="cpews.pt was made with other superclasses"):
+        trained(folder, tmp_path / "run", "--iterations", "1", "--resume")
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: text.replace(" checks_red", ""), lambda text: text + "more checks_red\n",
+    lambda text: text.replace("checks_red", "unicorn"), lambda text: ""])
+def test_superclasses_that_do_not_fit_are_named(small, tmp_path, change):
+    folder = shutil.copytree(small, tmp_path / "data")
+    edit(folder / "superclasses.txt", change)
+    with pytest.raises(DataError, match="superclasses.txt: a line is 'SUPERCLASS CLASS CLASS ...'"):
+        trained(folder, tmp_path / "run")
+
+
+def test_one_object_class_works_and_none_is_told(small, tmp_path):
+    folder = shutil.copytree(small, tmp_path / "data")
+    (folder / "superclasses.txt").unlink()
+    run.write_lines(folder / "classes.txt", ["background", "beetle"])
+    for split in ("train", "val"):
+        lines = [f"{i} {'beetle' if n else 'background'}"
+                 for n, i in enumerate(Folder(folder).ids(split))]
+        edit(folder / "image_labels.txt", lambda text: (text if split == "val" else "") +
+             "\n".join(lines) + "\n")
+    shutil.rmtree(folder / "SegmentationClass")
+    pools = trained(folder, tmp_path / "run", "--iterations", "2")["pools"]
+    assert len(pools["P"]) == 1 and len(pools["N"][0]) <= 1
+    run.write_lines(folder / "classes.txt", ["background"])
+    with pytest.raises(DataError, match="classes.txt names no class but background"):
+        trained(folder, tmp_path / "none")
+
+
+def test_an_image_of_one_patch(finished, small, tmp_path):
+    folder, home = shutil.copytree(small, tmp_path / "data"), shutil.copytree(
+        finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("*.png"))
+    image_id = Folder(folder).ids("val")[0]
+    Image.new("RGB", (5, 3), "red").save(Folder(folder).image_path(image_id))
+    Image.new("L", (5, 3)).save(Folder(folder).mask_path(image_id))
+    edit(folder / "ImageSets/Segmentation/train.txt", lambda text: text + image_id + "\n")
+    in_process(cpews, "--data", folder, "--run", home, "--workers", "0", "--predict", "val",
+               "--overwrite")
+    assert {data.read_mask(home / name / f"{image_id}.png", 9).shape
+            for name in ("cam", "pseudo", "pred")} == {(3, 5)}
+    trained(folder, tmp_path / "trained", "--iterations", "1")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--crop", "50"), "--crop 50 is no multiple of a patch's 8 pixels"),
+    (("--aux-block", "5"), "--aux-block 5: vit_toy has 4 blocks"),
+    (("--backbone", "resnet_toy"), "--backbone resnet_toy does not fit"),
+    (("--batch-size", "17"), "16 images cannot fill --batch-size 17"),
+    (("--predict", "train"), "cpews.pt not found: run extras/cpews.py first")])
+def test_what_cannot_be_is_told_in_one_line(small, tmp_path, flags, words):
+    short = ("--workers", "0") if "--predict" in flags else SHORT
+    with pytest.raises(DataError, match=words):
+        in_process(cpews, "--data", small, "--run", tmp_path / "run", *short, *flags)
+
+
+def test_several_processes_are_refused(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DataError, match="one process: call it without torchrun"):
+        trained(small, tmp_path)
+
+
+@pytest.mark.parametrize("words, told", [
+    ("--rescale 2 1", "--rescale: the smaller number comes first"),
+    ("--cam-high 0.1", "--cam-low is below --cam-high"),
+    ("--out a.png --image a.png", "not the photo's own"), ("--pool-cam both", "--pool-cam"),
+    ("--image a.jpg", "--image needs --out NAME.png")])
+def test_a_flag_that_cannot_be_is_named(words, told, capsys):
+    with pytest.raises(SystemExit):
+        cpews.parse_args([*TOY, *words.split()])
+    assert told in capsys.readouterr().err
