@@ -34,8 +34,7 @@ CHECKS = $(wildcard tests/test_eq*.py) tests/test_score.py tests/test_deeplabv2.
 # threads that wait leave their core to others at once
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test gpu voc coco voc-small cpews table4 table5 cpews2 cpews3 cpews4 cpews5 figures \
-	starter check clean
+.PHONY: demo test gpu voc coco voc-small cpews table4 table5 cpews2 cpews3 cpews4 cpews5 figures starter check clean
 .NOTPARALLEL:  # the stages share a run folder, the tables share runs
 
 demo: .venv/ready $(TOY)/image_labels.txt
