@@ -200,7 +200,7 @@ def segmented(model, folder, ids, args, device, crf):
     """Run the network over the images; yields the arguments of predict."""
     for _, image, _ in loader(Images(folder, ids), args, device, batch_size=None, collate_fn=tuple):
         logits = predict_logits(model, image, device, args.amp, args.window, args.stride)
-        yield logits.numpy() if device.type == "cpu" else logits, image, crf
+        yield logits if device.type == "cuda" else logits.cpu().numpy(), image, crf
 
 
 def predict_split(args, model, checkpoint, device, crf):
@@ -297,7 +297,7 @@ def score_folder(args):
 def main(args):
     if args.masks and not args.image:
         return score_folder(args)
-    device, _, world = join_processes()
+    device, _, world = join_processes(args.device)
     if world > 1:
         raise DataError("evaluate.py is one process: call it without torchrun")
     crf = crf_settings(args, device)

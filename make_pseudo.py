@@ -16,15 +16,15 @@ from data import Folder, Images, loader, save_mask
 from evaluate import is_whole, miou, score_masks
 from model import load_model, slide, upsample
 from support.crf import add_crf_flags, crf_settings, dense_crf
-from support.run import (DataError, check_masks, claimed, digest, in_workers, join_processes,
-                         launch, log, number, open_run, progress, stage_flags)
+from support.run import (NO_SBD, DataError, check_masks, claimed, digest, in_workers,
+                         join_processes, launch, log, number, open_run, progress, stage_flags)
 
 
 def parse_args(argv=None):
     """The flags of stage 2."""
     flags = stage_flags(__doc__)
     add = flags.add
-    add("--split", "trainaug", "split whose images get masks", coco="train", toy="train")
+    add("--split", "trainaug", "split whose images get masks", **NO_SBD)
     add("--size", None, "the network sees SIZE x SIZE (default: cls.pt's training size times "
         "--size-ratio)", type=number(int, 1, 10**5))
     add("--size-ratio", 2.5, "inference over training size; ViT-PCM: 960 for 384", toy=1.0, low=0.1,
@@ -79,13 +79,13 @@ def classified(model, folder, ids, args, device, crf):
         for image_id, image, Y in zip(image_ids, originals, patch_probs):
             image_labels = folder.image_labels(image_id).to(device)
             present, maps = present_probs(Y, image_labels, args.max_norm)
-            if device.type == "cpu":  # arrays travel well to worker processes
-                present, maps = present.numpy(), maps.numpy()
+            if device.type != "cuda":  # arrays travel well to worker processes
+                present, maps = present.cpu().numpy(), maps.cpu().numpy()
             yield image, present, maps, crf
 
 
 def main(args):
-    device, rank, world = join_processes()
+    device, rank, world = join_processes(args.device)
 
     # --- model and data ---
     open_run(args.run)

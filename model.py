@@ -50,9 +50,6 @@ class ClassifierConfig:
     dropout: float = 0.2          # before the BiLSTM and before the classifier; ViT-PCM's value
 
 
-RECURRENT = ("hv", "raster")  # contexts with a BiLSTM
-
-
 class ContextFusion(nn.Module):
     """CF-BiLSTM, Sec. 0.3.3, Eq. (3) to (6): (B, h, w, D) -> (B, h, w, D).
 
@@ -64,7 +61,7 @@ class ContextFusion(nn.Module):
     def __init__(self, dim, context, dropout):
         super().__init__()
         self.context, self.dropout = context, nn.Dropout(dropout)
-        if context in RECURRENT:
+        if context in ("hv", "raster"):
             directions = {"hv": 4, "raster": 2}[context]  # two for each line through a patch
             self.lstms = nn.ModuleList(
                 nn.LSTM(dim, dim // directions, batch_first=True, bidirectional=True)
@@ -112,7 +109,9 @@ def initialise(module):
     for name, parameter in module.named_parameters(recurse=False):
         if name.startswith("weight_hh"):
             nn.init.orthogonal_(parameter)
-        elif name.startswith("weight") and not isinstance(module, nn.Conv2d):
+        elif isinstance(module, nn.Conv2d) and name == "weight":
+            nn.init.dirac_(parameter, module.groups)  # each patch as it is
+        elif name.startswith("weight"):
             nn.init.xavier_uniform_(parameter)
         elif name.startswith("bias"):
             nn.init.zeros_(parameter)
@@ -136,7 +135,7 @@ class CPFCTE(Network):
             self.enhance_proj = nn.Linear(D + (D if config.class_tokens == "soft" else C * D), D)
         if config.context != "none":
             self.context = ContextFusion(D, config.context, config.dropout)
-        if config.class_tokens == "append" and config.context not in RECURRENT:
+        if config.class_tokens == "append" and config.context not in ("hv", "raster"):
             raise DataError("--class-tokens append needs --context hv or raster: without a BiLSTM "
                             "the appended tokens never meet the patches")
         self.dropout = nn.Dropout(config.dropout)

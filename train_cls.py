@@ -13,21 +13,22 @@ from torchmetrics.functional.classification import binary_average_precision
 
 from data import AUGMENT, Folder, LabelledImages, batches, loader
 from model import CPFCTE, ClassifierConfig, classification_loss, pool_patches
-from support.run import (join_processes, launch, log, mean_loss, open_checkpoint, prepare, progress,
-                         restore, save_checkpoint, stage_flags)
+from support.run import (NO_SBD, join_processes, launch, log, mean_loss, open_checkpoint, prepare,
+                         progress, restore, save_checkpoint, stage_flags)
 
 
 def parse_args(argv=None):
     """The flags of stage 1."""
     flags = stage_flags(__doc__, trains=True)
     add = flags.add
-    add("--train-split", "trainaug", "split to train on", coco="train", toy="train")
+    add("--train-split", "trainaug", "split to train on", **NO_SBD)
     add("--val-split", "val", "split whose image labels score each epoch; none: no score")
-    add("--size", 384, "images are resized to SIZE x SIZE, aspect ratio not kept", toy=96, low=1)
+    add("--size", 384, "images are resized to SIZE x SIZE", toy=96, voc_small=224, low=1)
     add("--augment", ["flip", "jitter"], "vflip and transpose are ViT-PCM's", toy=["flip"],
         nargs="*", choices=AUGMENT)
     add("--backbone", "vit_base_patch16_384.augreg_in21k_ft_in1k",
-        "any plain ViT of timm (or vit_toy); its patch tokens are P in Eq. (1)", toy="vit_toy")
+        "any plain ViT of timm (or vit_toy); its patch tokens are P in Eq. (1)", toy="vit_toy",
+        voc_small="vit_tiny_patch16_224.augreg_in21k_ft_in1k")
     add("--class-tokens", "soft", "t(i) in Eq. (2). soft: each patch's own mixture of the tokens; "
         "all: every token for every patch, which is a bias; append: tokens join the BiLSTM's "
         "lines; none: Table 4", choices=("soft", "all", "append", "none"))
@@ -39,7 +40,7 @@ def parse_args(argv=None):
     add("--pool", "topk", "Eq. (8), Table 5", choices=("topk", "max", "avg"))
     add("--top-k", 6, "K in Eq. (8): 1 is max pooling, all patches is average pooling", toy=12,
         low=1)
-    add("--epochs", 50, "passes over the training images", toy=6, low=1)
+    add("--epochs", 50, "passes over the training images", toy=6, voc_small=12, low=1)
     add("--batch-size", 16, "images of one step, over all ranks together", low=1)
     add("--frozen-epochs", 2, "first epochs, in which the backbone does not learn", toy=0)
     add("--train-blocks", 5, "last blocks that learn after that; as many as there are: all", toy=4)
@@ -69,10 +70,10 @@ def validate(model, dataset, args, device):
     in_order = [(index, 0) for index in range(len(dataset))]
     for images, _ in loader(dataset, args, device, batch_size=args.batch_size, sampler=in_order):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            patch_probs = model(images.to(device) / 255)
-        scores.append(pool_patches(patch_probs, args.pool, args.top_k).cpu())
+            patch_probs = model(images.to(device, non_blocking=True) / 255)
+        scores.append(pool_patches(patch_probs, args.pool, args.top_k))
     model.train()
-    return mean_average_precision(torch.cat(scores), dataset.labels)
+    return mean_average_precision(torch.cat(scores).cpu(), dataset.labels)
 
 
 def mean_average_precision(scores, labels):
@@ -85,7 +86,7 @@ def mean_average_precision(scores, labels):
 
 
 def main(args):
-    device, rank, world = join_processes()
+    device, rank, world = join_processes(args.device)
 
     # --- data ---
     folder = Folder(args.data)

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from data import IGNORE, Folder, MaskedImages, batches, loader, read_image, read_mask
 from evaluate import confusion_matrix, miou, predict, predict_logits
 from model import DeepLabv2, SegmenterConfig
-from support.run import (join_processes, launch, log, mean_loss, open_checkpoint, prepare, progress,
-                         read_settings, restore, save_checkpoint, stage_flags, write_lines)
+from support.run import (NO_SBD, join_processes, launch, log, mean_loss, open_checkpoint, prepare,
+                         progress, read_settings, restore, save_checkpoint, stage_flags,
+                         write_lines)
 
 MOMENTUM, WEIGHT_DECAY, POLY_POWER = 0.9, 5e-4, 0.9
 
@@ -28,23 +29,25 @@ def parse_args(argv=None):
     """The flags of stage 3."""
     flags = stage_flags(__doc__, trains=True)
     add = flags.add
-    add("--train-split", "trainaug", "split to train on", coco="train", toy="train")
+    add("--train-split", "trainaug", "split to train on", **NO_SBD)
     add("--val-split", "val", "split that scores the network at every save; none: no score")
     add("--val-images", 100, "that score is over the first so many images")
     add("--masks", None, "folder of the masks to learn (default: RUN/pseudo)", type=Path)
     add("--rescale", [0.5, 1.5], "range of the random rescaling in training", toy=[0.75, 1.25],
         nargs=2, low=0.01, high=100)
-    add("--crop", 321, "side of the random crop in pixels", toy=96, low=1)
-    add("--backbone", "resnet101.tv_in1k", "a CNN of timm that can keep stride 8", toy="resnet_toy")
+    add("--crop", 321, "side of the random crop in pixels", toy=96, voc_small=161, low=1)
+    add("--backbone", "resnet101.tv_in1k", "a CNN of timm that can keep stride 8", toy="resnet_toy",
+        voc_small="resnet18.tv_in1k")
     add("--scales", [1.0, 0.75, 0.5], "input scales that the loss and the maximum are over; the "
-        "first is the reference", toy=[1.0], nargs="+", low=0.01, high=100)
+        "first is the reference", toy=[1.0], voc_small=[1.0], nargs="+", low=0.01, high=100)
     add("--rates", [6, 12, 18, 24], "dilations of ASPP", toy=[1, 2, 3, 4], nargs="+", low=1)
     add("--freeze-bn", True, "keep the batch norms of the ImageNet weights", toy=False)
     add("--batch-size", 10, "images of one iteration, over all ranks together", low=1)
-    add("--iterations", 20000, "optimiser steps; the poly decay ends there", coco=100000, toy=1500,
+    add("--iterations", 20000, "optimiser steps; the poly decay ends there", coco=100000, toy=1000,
+        voc_small=1500,
         low=1)
     add("--save-every", 1000, "iterations between two checkpoints", coco=5000, toy=500, low=1)
-    add("--lr", 2.5e-4, "of the backbone, before the poly decay", toy=0.05, low=1e-9, high=10)
+    add("--lr", 2.5e-4, "of the backbone, before the poly decay", toy=0.02, low=1e-9, high=10)
     add("--warm-up", 0, "first iterations, over which the rates rise linearly", toy=50)
     add("--aspp-lr", 10.0, "ASPP's rate as a multiple of --lr; its biases get twice that", toy=1.0,
         high=1000)
@@ -99,7 +102,7 @@ def validate(model, folder, ids, args, device):
 
 
 def main(args):
-    device, rank, world = join_processes()
+    device, rank, world = join_processes(args.device)
 
     # --- data ---
     folder = Folder(args.data)

@@ -2,7 +2,8 @@
 
 Run:  python extras/bench.py [--quick]    ViT-B/16, ResNet-101, photos; --quick: the toy's sizes
 Medians after warm-up (loading: one run); on a GPU by CUDA events, in bfloat16. TFLOP/s leave the
-LSTMs out. Weights are random and images enlarged beetles: JPEGs and lattices of photos differ.
+LSTMs out. Weights are random. Images are random textures. At VOC's size their files (75 kB) and CRF
+lattices (170,000 vertices, of which the fullest has 1,200 pixels) are about as large as VOC's.
 """
 import argparse
 import os
@@ -15,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cpews, cpews_model, data, evaluate, model, train_seg  # noqa: E401, E402  no package
-from support import beetles, crf, run  # noqa: E402
+from support import crf, run  # noqa: E402
 
 SIZES = {False: dict(vit="vit_base_patch16_384", sides=(384, 640, 960, 1280), blocks=5, C=21,
                      cnn="resnet101", crop=321, photo=(500, 375)),
@@ -34,8 +36,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="toy-sized networks and images")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    parser.add_argument("--out", type=Path, help="write the table to this file, too")
     args = parser.parse_args(argv)
-    vars(args).update(SIZES[args.quick])
+    vars(args).update(SIZES[args.quick], rows=[])
     return args
 
 
@@ -52,11 +55,74 @@ def milliseconds(device, function):
     return statistics.median(times[1:])
 
 
-def row(part, setting, value, unit, note=""):
-    """Print one line of the table."""
-    print(f"| {part} | {setting} | {value:.4g} | {unit} | {note} |", flush=True)
+def write(args, *lines):
+    """Print lines of the table; what there is of it is in --out at any time."""
+    print(*lines, sep="\n", flush=True)
+    args.rows += lines
+    if args.out:
+        run.write_lines(args.out, args.rows)
 
 
+def row(args, part, setting, value, unit, note=""):
+    """One more line of the table."""
+    write(args, f"| {part} | {setting} | {value:.4g} | {unit} | {note} |")
+
+
+def begin(args):
+    """Find the device and args.ceiling, the rate of a matrix product; begin the table."""
+    args.device, _, _ = run.join_processes()
+    gpu = args.device.type == "cuda"
+    args.batches = (16, 10) if gpu or args.quick else (2, 2)
+    args.amp = torch.autocast(args.device.type, torch.bfloat16, gpu)
+    write(args, f"torch {torch.__version__}, {torch.cuda.get_device_name() if gpu else 'no GPU'}, "
+          f"{torch.get_num_threads()} threads{', compiled' if args.compile else ''}", "",
+          "| part | setting | median | unit | |", "|---|---|---|---|---|")
+    side, dtype = (8192, torch.bfloat16) if gpu else (2048, torch.float32)
+    matrix = torch.randn(side, side, dtype=dtype, device=args.device)
+    args.ceiling = 2 * side ** 3 / 1e9 / milliseconds(args.device, lambda: matrix @ matrix)
+    row(args, "matrix product", f"{side}x{side}", args.ceiling, "TFLOP/s", "the ceiling")
+
+
+# --- images ------------------------------------------------------------------------------------
+def texture(args, seed):
+    """A PIL image of three regions, rough here and smooth there, and its mask (H, W) uint8."""
+    (W, H), generator = args.photo, torch.Generator().manual_seed(seed)
+    def _noise(channels, *cells):
+        coarse = torch.randn(1, channels, *cells, generator=generator)
+        return F.interpolate(coarse, (H, W), mode="bicubic")[0]
+    labels = torch.cat([torch.zeros(1), 1 + torch.randperm(args.C - 1, generator=generator)[:2]])
+    mask = labels.byte()[_noise(3, 3, 4).argmax(0)].numpy()
+    roughness = 24 * (2 * _noise(1, 4, 5)).exp().clamp(max=2)
+    grain = _noise(1, H // 2, W // 2) + _noise(1, H // 4, W // 4)
+    colours = 64 + torch.from_numpy(data.voc_palette()[mask]).permute(2, 0, 1) / 2
+    image = (colours + 8 * _noise(3, 5, 7) + roughness * grain).clamp(0, 255).byte()
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), mask
+
+
+def make_textures(args, root, preset, files, splits):
+    """A data set folder of so many files; splits {name: number of ids}, which begin at the first.
+
+    Ids for which there is no file are links to those that are there.
+    """
+    classes, labels = ["background", *(f"thing{c}" for c in range(1, args.C))], []
+    for index in range(max(splits.values())):
+        paths = root / f"JPEGImages/{index}.jpg", root / f"SegmentationClass/{index}.png"
+        if index < files:
+            image, mask = texture(args, index)
+            paths[0].parent.mkdir(parents=True, exist_ok=True)
+            image.save(paths[0], quality=90)
+            data.save_mask(paths[1], mask)
+            labels.append(" ".join(classes[c] for c in np.unique(mask)))
+        else:
+            for path in paths:
+                path.symlink_to(f"{index % files}{path.suffix}")
+            labels.append(labels[index % files])
+    for name, number in splits.items():
+        run.write_lines(root / f"ImageSets/Segmentation/{name}.txt", range(number))
+    data.write_folder(root, preset, classes, [f"{i} {names}" for i, names in enumerate(labels)])
+
+
+# --- the parts ---------------------------------------------------------------------------------
 def bench_loading(args, folder):
     """Stage 1's and stage 3's data path: decode, resize, augment, in worker processes."""
     ids, side = folder.ids("train"), args.sides[0]
@@ -71,71 +137,89 @@ def bench_loading(args, folder):
         for step, _ in enumerate(data.loader(dataset, args, args.device, batch_sampler=steps)):
             if step == 16:  # those that were loaded ahead are through
                 began = time.perf_counter()
-        row(name, "JPEG of %dx%d" % args.photo, 8 * (step - 16) / (time.perf_counter() - began),
-            "images/s", f"{args.workers} workers")
+        row(args, name, "JPEG of %dx%d" % args.photo,
+            8 * (step - 16) / (time.perf_counter() - began), "images/s", f"{args.workers} workers")
 
 
-def bench_step(args, name, images, optimizer, loss):
-    """A training step, of which loss() is the forward half; returns its milliseconds."""
-    def _step():
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-    ms = milliseconds(args.device, _step)
+def classifier(args, context="hv", dropout=0.2):
+    """Stage 1's network, a batch, the loss of its output, and an optimizer."""
+    config = model.ClassifierConfig(args.C, args.vit, context=context, dropout=dropout)
+    net = model.CPFCTE(config).to(args.device)
+    net.train_last(args.blocks)
+    images = torch.rand(args.batches[0], 3, *2 * args.sides[:1]).to(args.device)
+    labels = torch.ones(len(images), args.C, device=args.device)
+    def _loss(Y):
+        return model.classification_loss(model.pool_patches(Y), labels)
+    return net, images, _loss, torch.optim.Adam(net.parameters(), fused=True)
+
+
+def segmenter(args):
+    """The same of stage 3."""
+    net = model.DeepLabv2(model.SegmenterConfig(args.C, args.cnn)).to(args.device)
+    net.freeze_batch_norm()
+    images = torch.rand(args.batches[1], 3, args.crop, args.crop).to(args.device)
+    masks = torch.randint(0, args.C, (len(images), args.crop, args.crop)).to(args.device)
+    def _loss(outputs):
+        return train_seg.multi_scale_loss(outputs, masks)
+    groups = train_seg.parameter_groups(net, 1e-4, 10)
+    return net, images, _loss, torch.optim.SGD(groups, lr=1e-4, fused=True)
+
+
+def train_step(args, network, images, loss, optimizer):
+    """One step of training; the loss before it."""
+    optimizer.zero_grad()
+    value = loss(args.amp(network)(images))
+    value.backward()
+    optimizer.step()
+    return value.detach()
+
+
+def bench_step(args, name, net, *job):
+    """A training step of net, compiled if asked for; returns its milliseconds."""
+    network, images = run.prepare(net, args, 1), job[0]
+    ms = milliseconds(args.device, lambda: train_step(args, network, *job))
     with FlopCounterMode(display=False) as counter:  # it does not know LSTMs
-        _step()
+        train_step(args, network, *job)
     rate = counter.get_total_flops() / ms / 1e9
-    row(name, f"{tuple(images.shape)}", ms, "ms", f"{1000 * len(images) / ms:.1f} images/s, "
+    row(args, name, f"{tuple(images.shape)}", ms, "ms", f"{1000 * len(images) / ms:.1f} images/s, "
         f"{rate:.3g} TFLOP/s, {100 * rate / args.ceiling:.0f} % of the ceiling")
     return ms
 
 
 def bench_classifier(args, context):
     """Stage 1's step and its parts, forward and backward; inference at growing sizes."""
-    net = model.CPFCTE(model.ClassifierConfig(args.C, args.vit, context=context)).to(args.device)
-    net.train_last(args.blocks)
-    images = torch.rand(args.batches[0], 3, *2 * args.sides[:1], device=args.device)
-    labels = torch.ones(len(images), args.C, device=args.device)
+    net, images, loss, optimizer = classifier(args, context)
     def _head(tokens):
-        Y = net.classifier(net.dropout(tokens)).float().softmax(dim=-1)
-        return model.classification_loss(model.pool_patches(Y), labels)
-    network = run.prepare(net, args, 1)
-    whole = bench_step(args, f"stage 1 step, {context}", images,
-                       torch.optim.Adam(net.parameters(), fused=True),
-                       lambda: model.classification_loss(model.pool_patches(
-                           args.amp(network)(images)), labels))
+        return loss(net.classifier(net.dropout(tokens)).float().softmax(dim=-1))
+    whole = bench_step(args, f"stage 1 step, {context}", net, images, loss, optimizer)
     tokens = args.amp(net.patch_tokens)(images).detach().requires_grad_()
     for name, part, start in (("backbone", net.patch_tokens, images), ("head", _head, tokens),
                               ("tokens", net.enhance, tokens), ("context", net.fuse, tokens)):
         ms = milliseconds(args.device, lambda: args.amp(part)(start).sum().backward())
-        row(f"- {name}", "forward, backward", ms, "ms", f"{100 * ms / whole:.1f} % of the step")
+        row(args, f"- {name}", f"{context}, forward, backward", 100 * ms / whole, "% of the step",
+            f"{ms:.3g} ms")
     for side in args.sides:
         picture = torch.rand(1, 3, side, side, device=args.device)
         with torch.no_grad():
             tokens = args.amp(net.eval().patch_tokens)(picture)
             ms = milliseconds(args.device, lambda: args.amp(net)(picture))
             share = 100 * milliseconds(args.device, lambda: args.amp(net.fuse)(tokens)) / ms
-        row(f"inference, {context}", f"{side}x{side}", ms, "ms/image", f"context {share:.1f} %")
+        row(args, f"inference, {context}", f"{side}x{side}", ms, "ms/image",
+            f"context {share:.1f} %")
 
 
 def bench_segmenter(args, image):
     """Stage 3's step; stage 4 on one image without the CRF, its score against torchmetrics'."""
-    net = model.DeepLabv2(model.SegmenterConfig(args.C, args.cnn)).to(args.device)
-    net.freeze_batch_norm()
-    network = run.prepare(net, args, 1)
-    images = torch.rand(args.batches[1], 3, args.crop, args.crop, device=args.device)
-    masks = torch.randint(0, args.C, (len(images), args.crop, args.crop), device=args.device)
-    groups = train_seg.parameter_groups(net, 1e-4, 10)
-    bench_step(args, "stage 3 step", images, torch.optim.SGD(groups, lr=1e-4, fused=True),
-               lambda: train_seg.multi_scale_loss(args.amp(network)(images), masks))
+    net, *job = segmenter(args)
+    bench_step(args, "stage 3 step", net, *job)
     ms = milliseconds(args.device, lambda: evaluate.predict(evaluate.predict_logits(
         net, image, args.device, args.device.type == "cuda"), image))
-    row("stage 4, no CRF", "%dx%d" % args.photo, ms, "ms/image")
+    row(args, "stage 4, no CRF", "%dx%d" % args.photo, ms, "ms/image")
     pair = torch.randint(0, args.C, (2, *args.photo), dtype=torch.uint8)
     ms = milliseconds(pair.device, lambda: evaluate.confusion_matrix(*pair.numpy(), args.C))
     ratio = ms / milliseconds(pair.device, lambda: multiclass_jaccard_index(
         *pair, args.C, ignore_index=data.IGNORE, validate_args=False))
-    row("stage 4, score", "CPU", ms, "ms/image", f"{ratio:.2f} x torchmetrics'")
+    row(args, "stage 4, score", "CPU", ms, "ms/image", f"{ratio:.2f} x torchmetrics'")
 
 
 def bench_cpews(args):
@@ -152,9 +236,11 @@ def bench_cpews(args):
     y[:, :2] = 1
     batch = images, images[:, 0] >= 0, y
     pools = {name: [torch.randn(10, D, device=args.device) for _ in range(O)] for name in "PNU"}
-    whole = bench_step(args, "CPEWS step", images, torch.optim.AdamW(net.parameters(), fused=True),
-                       lambda: sum(cpews.batch_losses(net, net.encode, batch, pools, recipe, 0)[0]
-                                   .values()))
+    def _loss(layers):
+        losses, _ = cpews.batch_losses(net, lambda _: layers, batch, pools, recipe, 0)
+        return sum(losses.values())
+    whole = bench_step(args, "CPEWS step", net.encode, images, _loss,
+                       torch.optim.AdamW(net.parameters(), fused=True))
     features, aux = (layer.detach().requires_grad_() for layer in net.encode(images))
     raw, cams = net.maps(features, aux)[0], net.cams(images, y, recipe.cam_scales)
     thresholds = recipe.cam_high, recipe.cam_low
@@ -176,7 +262,8 @@ def bench_cpews(args):
                                                               targets).backward()}
     for name, part in parts.items():
         ms = milliseconds(args.device, part)
-        row(f"- {name}", f"batch {len(images)}", ms, "ms", f"{100 * ms / whole:.1f} % of the step")
+        row(args, f"- {name}", f"batch {len(images)}", 100 * ms / whole, "% of the step",
+            f"{ms:.4g} ms")
 
 
 def bench_crf(args, image):
@@ -188,38 +275,31 @@ def bench_crf(args, image):
         for name in names:
             ms = milliseconds(args.device, lambda: crf.dense_crf(image, probs, backend=name))
             first = ms if name == names[0] else first
-            row(f"CRF, {name}", f"{labels} labels", ms, "ms", f"{ms / first:.2f} x {names[0]}'s")
+            row(args, f"CRF, {name}", f"{labels} labels", ms, "ms",
+                f"{ms / first:.2f} x {names[0]}'s")
 
 
-def main(args):
-    args.device, _, _ = run.join_processes()
-    gpu = args.device.type == "cuda"
-    args.batches = (16, 10) if gpu or args.quick else (2, 2)
-    args.amp = torch.autocast(args.device.type, torch.bfloat16, gpu)
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if gpu else 'no GPU'}, "
-          f"{torch.get_num_threads()} threads{', compiled' if args.compile else ''}\n\n"
-          "| part | setting | median | unit | |\n|---|---|---|---|---|")
-    side, dtype = (8192, torch.bfloat16) if gpu else (2048, torch.float32)
-    matrix = torch.randn(side, side, dtype=dtype, device=args.device)
-    args.ceiling = 2 * side ** 3 / 1e9 / milliseconds(args.device, lambda: matrix @ matrix)
-    row("matrix product", f"{side}x{side}", args.ceiling, "TFLOP/s", "the ceiling")
+def parts(args):
+    """All parts."""
     with tempfile.TemporaryDirectory() as root:
-        beetles.make_toy(Path(root), (16, 1, 1))
-        for path in sorted(Path(root).glob("JPEGImages/*")):
-            data.read_image(path).resize(args.photo, Image.Resampling.BICUBIC).save(path)
-            mask = Path(root) / f"SegmentationClass/{path.stem}.png"
-            data.decode(mask).resize(args.photo, Image.Resampling.NEAREST).save(mask)
-        folder = data.Folder(root)  # its third image has about a photograph's lattice
-        image = torch.from_numpy(np.array(data.read_image(folder.image_path("train_00002"))))
+        make_textures(args, Path(root), "toy", 16, {"train": 16})
+        folder = data.Folder(root)
+        image = torch.from_numpy(np.array(data.read_image(folder.image_path("0"))))
         bench_loading(args, folder)
     for context in ("raster", "conv", "pool", "hv"):
         bench_classifier(args, context)
     bench_segmenter(args, image.to(args.device))
     bench_cpews(args)
     bench_crf(args, image.to(args.device))
-    row("peak memory", "host", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, "GiB")
-    if gpu:
-        row("peak memory", "GPU", torch.cuda.max_memory_allocated() / 2 ** 30, "GiB")
+    row(args, "peak memory", "host", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20,
+        "GiB")
+    if args.device.type == "cuda":
+        row(args, "peak memory", "GPU", torch.cuda.max_memory_allocated() / 2 ** 30, "GiB")
+
+
+def main(args):
+    begin(args)
+    parts(args)
 
 
 if __name__ == "__main__":

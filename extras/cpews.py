@@ -302,7 +302,7 @@ def predicted(model, folder, ids, args, device, constants):
                               args.par_dilations)
         cams = F.pad(torch.cat([cam, aux_cam]), (0, 0, 0, 0, 1, 0), value=args.cam_threshold)
         masks = torch.cat([cams.argmax(dim=1), pseudo]).byte().cpu().numpy()
-        yield masks, logits.numpy() if device.type == "cpu" else logits, image, constants
+        yield masks, logits if device.type == "cuda" else logits.cpu().numpy(), image, constants
 
 
 def finished(masks, logits, image, constants):
@@ -357,7 +357,7 @@ def write_masks(args, device):
 def main(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise DataError("extras/cpews.py is one process: call it without torchrun")
-    device, _, _ = run.join_processes()
+    device, _, _ = run.join_processes(args.device)
     if args.predict:
         write_masks(args, device)
     elif args.image:

@@ -1,11 +1,14 @@
-"""Figures from the runs of `extras/ablate.py table4`: Fig. 6, Fig. 7, training curves, context.
+"""Figures of Table 4's runs (Fig. 6, Fig. 7, training curves, context), or of one run.
 
 Run:    python extras/figures.py --data data/toy          (after ablate.py table4 --data data/toy)
+        python extras/figures.py run --run runs/mine      (any run folder)
 Writes: OUT/fig6.png    image, truth, baseline, ours: the best, the median and the worst image
         OUT/fig7.png    IoU of each class, baseline against ours, over all seeds
         OUT/curves.png  loss and val mAP of Table 4's variants, over all seeds
         OUT/context.png one image inside the network: class-token attention, and the patch
                         probabilities before and after the CF-BiLSTM
+        run: RUN/curves.png, from log.jsonl; RUN/classes.png and RUN/confusion.png, the IoU and
+        the confusion matrix of results.json
 """
 import argparse
 import json
@@ -16,28 +19,37 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 from ablate import STUDIES, folder_name  # noqa: E402  the scripts are no package
 from data import Folder, Images, read_image, read_mask, voc_palette  # noqa: E402
 from evaluate import confusion_of, miou  # noqa: E402
 from model import classification_loss, load_model, pool_patches  # noqa: E402
-from support.run import DataError, atomic, in_workers, launch  # noqa: E402
+from support.run import DataError, atomic, in_workers, launch, read_text  # noqa: E402
 
 PROBE_IMAGES, PROBE_PASSES = 512, 20  # of the classifier that reads the tokens before the CF-BiLSTM
 
 
 def parse_args(argv=None):
     """Which runs to draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="data set folder")
+    add("what", nargs="?", choices=("table4", "run"), default="table4", help="a study or one run")
+    add("--run", type=Path, help="run: its folder")
+    add("--data", type=Path, help="table4: data set folder")
     add("--runs", type=Path, default=Path("runs/ablate"), help="what was --out of ablate.py")
     add("--out", type=Path, help="folder of the pictures (default: RUNS/NAME_OF_DATA)")
     add("--split", default="val", help="split that ablate.py scored")
     add("--workers", type=int, default=2, help="processes that score the images")
     add("--masks", choices=("bpm", "pseudo"), default="pseudo", help="before or after the CRF")
     args = parser.parse_args(argv)
+    needed = {"table4": "data", "run": "run"}[args.what]
+    if getattr(args, needed) is None:
+        parser.error(f"--{needed} is needed")
+    if args.what == "run":
+        return args
     args.runs = args.runs / args.data.resolve().name
     args.out = args.out or args.runs
     return args
@@ -56,12 +68,27 @@ def scored_runs(args):
                       for seed in common] for variant, home in homes.items()}
 
 
-def save(figure, path):
-    """Write a matplotlib figure as a PNG, atomically."""
+def save(figure, path, dpi=80):
+    """Write a matplotlib figure as a PNG of at most 256 colours, atomically."""
     with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=80, bbox_inches="tight")
+        figure.savefig(temporary, format="png", dpi=dpi, bbox_inches="tight")
+        with Image.open(temporary) as picture:
+            picture = picture.convert("RGB").quantize(kmeans=2)
+        picture.save(temporary, "PNG", optimize=True)
     plt.close(figure)
     print(f"written: {path}")
+
+
+def of_stage(run, stage, step):
+    """{epoch or iteration: line} of a stage in RUN/log.jsonl, of its last training alone."""
+    path, lines = run / "log.jsonl", {}
+    if not path.is_file():
+        raise DataError(f"{path} not found: run train_cls.py first")
+    for line in map(json.loads, read_text(path).splitlines()):
+        if line["stage"] == stage:  # a training that starts anew replaces what came after its step
+            before = {number: old for number, old in lines.items() if number < line[step]}
+            lines = before | {line[step]: line}
+    return lines
 
 
 def show(axis, picture, title, **kwargs):
@@ -121,10 +148,7 @@ def draw_curves(args, runs):
     """Loss and mAP against epochs: the mean over the seeds, and the range as a band."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
     for name, notes in runs.items():
-        logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-                for run, _ in notes]
-        logs = [{line["epoch"]: line for line in log if line["stage"] == "train_cls"}
-                for log in logs]
+        logs = [of_stage(run, "train_cls", "epoch") for run, _ in notes]
         epochs = sorted(set.intersection(*map(set, logs)))
         for axis, key in zip(axes, ("loss", "val_map")):
             curves = np.array([[log[epoch][key] for epoch in epochs] for log in logs], dtype=float)
@@ -192,8 +216,77 @@ def draw_context(args, folder, run, image_id, model, settings, classifier):
     save(figure, args.out / "context.png")
 
 
+# --- one run -----------------------------------------------------------------------------------
+def draw_training(run):
+    """Loss and score of both trainings, as far as they are in RUN/log.jsonl."""
+    curves = {}
+    for stage, step, score in (("train_cls", "epoch", "val_map"),
+                               ("train_seg", "iteration", "val_miou")):
+        log = of_stage(run, stage, step)
+        curves |= {f"{stage}: {key}": (step, {x: line[key] for x, line in log.items()})
+                   for key in ("loss", score) if log}
+    if not curves:
+        raise DataError(f"{run}/log.jsonl has no line of a training: choose another --run")
+    figure, axes = plt.subplots(len(curves) // 2, 2, figsize=(9, 1.4 * len(curves)),
+                                layout="constrained")
+    for axis, (title, (step, curve)) in zip(axes.flat, curves.items()):
+        axis.plot(list(curve), np.array([*curve.values()], dtype=float), marker="o", ms=3)
+        axis.set(title=title, xlabel=step, ylim=(0, None if title.endswith("loss") else 1))
+    save(figure, run / "curves.png")
+
+
+def caption(results):
+    """What the score in results.json is of."""
+    return (f"{results['checkpoint'] or results['masks']} on {results['split']}, "
+            f"{results['num_images']:,} images, CRF: {'yes' if results['crf'] else 'no'}")
+
+
+def draw_classes(run, results):
+    """Bars: IoU of each class, sorted."""
+    iou = sorted((100 * iou, name) for name, iou in results["iou"].items() if iou is not None)
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.24 * len(iou)), layout="constrained")
+    bars = axis.barh([name for _, name in iou], [value for value, _ in iou])
+    axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    axis.axvline(100 * results["miou"], color="black", lw=1)
+    axis.set(xlim=(0, 105), ylim=(-0.6, len(iou) - 0.4),
+             xlabel=f"IoU %; the line is their mean, mIoU {100 * results['miou']:.1f} %")
+    axis.set_title(caption(results), fontsize=9)
+    save(figure, run / "classes.png")
+
+
+def draw_confusion(run, results):
+    """Where the pixels of each true class went, in % of its pixels."""
+    names, counts = list(results["iou"]), np.array(results["confusion"], dtype=float)
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    columns = [*names, "ignore"] if counts[:, -1].any() else names
+    side = max(4.5, 1.8 + 0.42 * len(names)) if len(names) <= 30 else 14
+    figure, axis = plt.subplots(figsize=(side + 0.6, side), layout="constrained")
+    axis.imshow(shares[:, :len(columns)], cmap="Blues", vmin=0, vmax=100)
+    axis.set_xticks(range(len(columns)), columns, rotation=60, ha="right", fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set(xlabel="predicted", ylabel="true")
+    for row, column in np.argwhere(shares[:, :len(columns)] >= 0.5) if len(names) <= 30 else ():
+        axis.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", fontsize=8,
+                  color="white" if shares[row, column] > 55 else "black")
+    axis.set_title(f"% of the true class's pixels\n{caption(results)}", fontsize=9)
+    save(figure, run / "confusion.png")
+
+
+def draw_run(run):
+    """The pictures of one run folder, as far as its stages have come."""
+    draw_training(run)
+    results = run / "results.json"
+    if not results.is_file():
+        return print(f"{results} not found: run evaluate.py for the classes and the confusion")
+    results = json.loads(read_text(results))
+    draw_classes(run, results)
+    draw_confusion(run, results)
+
+
 def main(args):
     matplotlib.use("Agg")
+    if args.what == "run":
+        return draw_run(args.run)
     torch.set_flush_denormal(True)
     folder, runs = Folder(args.data), scored_runs(args)
     baseline, ours = runs["baseline"][0][0], runs["both"][0][0]  # of the first seed

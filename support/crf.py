@@ -20,6 +20,7 @@ except ImportError:  # it has no binary wheels and needs a C++ compiler
     densecrf = None
 
 PROB_FLOOR = 1e-5  # the unary energy is -log(p): keeps it finite
+PIECE = {"cuda": 128}  # most terms of a sum that one thread adds up, on devices of many threads
 
 
 def add_crf_flags(add, default, sxy=67.0, srgb=3.0):
@@ -38,7 +39,7 @@ def crf_backend(name, device):
     if name == "pydensecrf" and densecrf is None:
         raise DataError("pydensecrf is not installed: --crf torch gives the same labels")
     if name == "auto":
-        return "pydensecrf" if device.type == "cpu" and densecrf else "torch"
+        return "pydensecrf" if device.type != "cuda" and densecrf else "torch"
     return name
 
 
@@ -125,14 +126,19 @@ class GaussianFilter:
         ordered, order = keys.flatten().sort(stable=True)
         vertices, vertex_of, counts = torch.unique_consecutive(ordered, True, True)
         M = len(vertices)
-        self.pixels, self.starts = (order % N).int(), (counts.cumsum(0) - counts).int()
-        self.splat_weights = weights.flatten()[order]
+        self.pixels, self.splat_weights = (order % N).int(), weights.flatten()[order]
+        ends = F.pad(counts.cumsum(0), (1, 0)).int()  # one row more, of no pixel: of zeros
+        self.pieces, self.rows = ends, None
+        if device.type in PIECE:  # thousands of pixels share a vertex where the image is even
+            cuts = torch.arange(0, len(order), PIECE[device.type], device=device)
+            self.pieces = torch.cat([ends, cuts.int()]).unique()
+            self.rows = torch.searchsorted(self.pieces, ends, out_int32=True)
         self.corners = torch.empty_like(vertex_of, dtype=torch.int32)
         self.corners[order] = vertex_of.int()
         self.corners = self.corners.view(d + 1, N).T.contiguous()
         self.slice_weights = weights.T.contiguous()
         # blur: a vertex's neighbours along each axis are d away in its own coordinate and -1 in all
-        # others, and the reverse; M, a row of zeros, where there is none
+        # others, and the reverse; M where there is none
         self.neighbours = []
         for axis in range(d + 1):
             wanted = vertices - sum(strides) + ((d + 1) * strides[axis] if axis < d else 0)
@@ -145,14 +151,15 @@ class GaussianFilter:
         self.scale = (self(torch.ones(N, 1, device=device)) + 1e-20).rsqrt()
 
     def __call__(self, values):
-        M = len(self.starts)
-        lattice = values.new_zeros(M + 1, values.shape[1])
         # sums of sorted rows: index_add is 2 to 5 times slower on a CPU, of random order on CUDA
-        lattice[:M] = F.embedding_bag(self.pixels, self.scale * values, self.starts, mode="sum",
-                                      per_sample_weights=self.splat_weights)
+        lattice = F.embedding_bag(self.pixels, self.scale * values, self.pieces, mode="sum",
+                                  per_sample_weights=self.splat_weights)  # (M + 1, C)
+        if self.rows is not None:  # those were sums of pieces
+            every = torch.arange(len(lattice), dtype=torch.int32, device=values.device)
+            lattice = F.embedding_bag(every, lattice, self.rows, mode="sum")
         for ahead, behind in self.neighbours:
             both = lattice.index_select(0, ahead).add_(lattice.index_select(0, behind))
-            lattice[:M] += both.mul_(0.5)  # [1/2, 1, 1/2]; the factor goes in the scale
+            lattice[:-1] += both.mul_(0.5)  # [1/2, 1, 1/2]; the factor goes in the scale
         return self.scale * F.embedding_bag(self.corners, lattice, mode="sum",
                                             per_sample_weights=self.slice_weights)
 

@@ -53,7 +53,8 @@ def launch(main, args):
 
 # --- flags -------------------------------------------------------------------------------------
 
-PRESETS = ("voc", "coco", "toy")
+PRESETS = ("voc", "coco", "toy", "voc-small")
+NO_SBD = dict(coco="train", toy="train", voc_small="train")  # where trainaug is voc's split
 
 
 def number(kind, low, high):
@@ -78,18 +79,19 @@ class Flags:
     def add(self, flag, default, text, low=0, high=10**9, **options):
         """add("--lr", 1e-3, "what it is", toy=7e-4): voc's default, and where a preset departs.
 
-        A number, or a list of them, lies in [low, high]; a bool makes --flag and --no-flag.
+        voc-small is voc_small here. A number, or a list of them, lies in [low, high]; a bool makes
+        --flag and --no-flag.
         """
-        values = {preset: options.pop(preset, default) for preset in PRESETS}
+        values = {name: options.pop(name.replace("-", "_"), default) for name in PRESETS}
         sample = default[0] if isinstance(default, list) else default
         if isinstance(sample, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(sample, (int, float)):
             options["type"] = number(type(sample), low, high)
-        shown = ", ".join(f"{preset} {value}" for preset, value in values.items())
-        if all(value == default for value in values.values()):
-            shown = "" if default in (None, False) else f"default {default}"
-        self.parser.add_argument(flag, help=text + f" ({shown})" * bool(shown), **options)
+        others = [f", {name} {value}" for name, value in values.items() if value != default]
+        if others or default not in (None, False):
+            text += f" (default {default}{''.join(others)})"
+        self.parser.add_argument(flag, help=text, **options)
         self.defaults[flag[2:].replace("-", "_")] = values
 
     def parse(self, argv=None, needed=("data", "run")):
@@ -124,7 +126,10 @@ def stage_flags(doc, trains=False):
         "voc", choices=PRESETS)
     add("--workers", min(16, os.cpu_count() or 1), "processes that load images and, on a CPU, run "
         "the CRF; results do not depend on it", high=1024)
-    add("--amp", torch.cuda.is_available(), "run the network in bfloat16 autocast")
+    add("--device", "auto", "auto: a GPU of CUDA, if there is one, else the CPU; mps: Apple's GPU, "
+        "untested", choices=("auto", "cpu", "mps"))
+    add("--amp", torch.cuda.is_available(), "run the network in bfloat16 autocast",
+        voc_small=torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported())
     if not trains:
         add("--window", None, "predict in overlapping windows of W x W pixels and average their "
             "probabilities: for images larger than those it learnt from (default: no windows)",
@@ -207,7 +212,7 @@ MADE_BY = {"cls": "train_cls.py", "seg": "train_seg.py", "cpews": "extras/cpews.
 NEEDED = {"cls": "config model optimizer classes ids labels --seed epoch --epochs --size".split(),
           "seg": "config model optimizer classes ids labels --seed step".split(),
           "cpews": "config model optimizer classes ids labels pools --seed step".split()}
-FREE = "data run preset workers amp compile weights pretrained resume overwrite".split()
+FREE = "data run preset device workers amp compile weights pretrained resume overwrite".split()
 
 
 def load_checkpoint(path, kind):
@@ -309,13 +314,18 @@ def claimed(results, outputs, overwrite):
 
 
 # --- processes ---------------------------------------------------------------------------------
-def join_processes():
-    """(device, rank, world): this process's place under torchrun (nccl or gloo), or alone."""
+def join_processes(name="auto"):
+    """(device, rank, world): this process's place under torchrun (nccl or gloo), or alone.
+
+    name is that of --device.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     torch.set_flush_denormal(True)  # a CPU is several times slower on denormal numbers
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise DataError("--device mps: this machine or this torch has no Apple GPU")
+    device = torch.device("mps" if name == "mps" else "cpu")
+    if name == "auto" and torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise DataError(f"--nproc-per-node is more than the {torch.cuda.device_count()} GPUs")
         device = torch.device("cuda", local_rank)

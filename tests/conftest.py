@@ -23,6 +23,12 @@ needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++")
 BACKENDS = ["torch"] + ["pydensecrf"] * HAS_PYDENSECRF  # of the CRF, those that are installed
 
 
+def pytest_configure(config):
+    """The markers of `make check EQ=8`, `make check EQ=iou`, and so on."""
+    for name in [*(f"eq{number}" for number in range(1, 11)), "confusion", "iou", "deeplabv2"]:
+        config.addinivalue_line("markers", f"{name}: checked by make check")
+
+
 def in_process(stage, *arguments):
     """Run a stage in this process: in_process(train_cls, "--data", ...)."""
     stage.main(stage.parse_args([str(a) for a in arguments]))
@@ -92,9 +98,9 @@ def coco(tmp_path):
 @pytest.fixture(scope="session")
 def script():
     """script("train_cls.py", "--data", ...) runs it in a process of its own: (code, output)."""
-    def run(*arguments, env=(), check=True, timeout=240):
+    def run(*arguments, env=(), check=True, timeout=240, cwd=ROOT):
         command = [sys.executable, *map(str, arguments)]
-        done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, timeout=timeout,
+        done = subprocess.run(command, cwd=cwd, text=True, stdout=subprocess.PIPE, timeout=timeout,
                               stderr=subprocess.STDOUT, env={**os.environ, **dict(env)})
         if check:
             assert done.returncode == 0, done.stdout

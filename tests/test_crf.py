@@ -179,7 +179,7 @@ def test_vertices_and_neighbours_are_those_of_their_coordinates(d):
         for vertex, row in zip((corner + k - (d + 1) * (rank > d - k)).T.tolist(),
                                gaussian.corners[:, k].tolist()):
             assert number.setdefault(tuple(vertex), row) == row
-    missing = len(gaussian.starts)
+    missing = len(gaussian.pieces) - 1
     assert sorted(number.values()) == list(range(missing))
     for axis, (ahead, behind) in enumerate(gaussian.neighbours):
         for vertex, row in number.items():
@@ -196,6 +196,35 @@ def test_the_filter_is_close_to_a_gaussian_sum():
     scale = exact.sum(1).rsqrt()
     exact = scale[:, None] * exact * scale
     assert (kernel - exact).abs().sum() < 0.12 * exact.sum()
+
+
+def test_long_rows_are_summed_in_pieces_and_rightly(monkeypatch):
+    """Thousands of points share a vertex here; the oracle adds them in float64, one by one."""
+    points = 0.3 * torch.randn(2, 20000, generator=torch.Generator().manual_seed(0))
+    values = torch.rand(20000, 3, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setitem(crf.PIECE, "cpu", 100)
+    gaussian = crf.GaussianFilter(points)
+    longest = gaussian.pieces[gaussian.rows].diff().max()
+    assert gaussian.pieces.diff().max() == 100 and longest > 1000
+    scale, lattice = gaussian.scale.double().numpy(), np.zeros((len(gaussian.rows), 3))
+    corners, weights = gaussian.corners.T.numpy(), gaussian.slice_weights.T[..., None].numpy()
+    for corner, weight in zip(corners, weights):
+        np.add.at(lattice, corner, weight * scale * values.numpy())
+    for ahead, behind in gaussian.neighbours:
+        lattice[:-1] += (lattice[ahead] + lattice[behind]) / 2
+    expected = scale * sum(weight * lattice[corner] for corner, weight in zip(corners, weights))
+    np.testing.assert_allclose(gaussian(values).numpy(), expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("noise", [0, 2])
+def test_pieces_change_no_label(monkeypatch, noise):
+    random = torch.Generator().manual_seed(0)
+    image = 120 + torch.randint(-noise, noise + 1, (120, 160, 3), generator=random).byte()
+    probs = soft_regions(3, 120, 160)
+    whole = dense_crf(image, probs, backend="torch").argmax(0)
+    monkeypatch.setitem(crf.PIECE, "cpu", 100)
+    labels = dense_crf(image, probs, backend="torch").argmax(0)
+    assert (labels == whole).float().mean() >= 0.9999 and (whole != probs.argmax(0)).any()
 
 
 def test_a_lattice_too_fine_for_its_keys_is_refused():

@@ -119,6 +119,7 @@ def test_parameter_groups_and_poly_decay():
     assert [train_seg.poly(step, 100) for step in (0, 50, 100)] == [1, 0.5 ** 0.9, 0]
 
 
+@pytest.mark.deeplabv2
 def test_the_loss_is_the_sum_of_cross_entropies_without_ignored_pixels():
     torch.manual_seed(0)
     masks = torch.randint(0, 3, (2, 8, 8)).repeat_interleave(4, 1).repeat_interleave(4, 2)

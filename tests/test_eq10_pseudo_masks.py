@@ -9,6 +9,8 @@ from model import upsample
 from support.crf import dense_crf
 from support.run import in_workers
 
+pytestmark = pytest.mark.eq10
+
 
 def test_absent_classes_go_and_each_class_is_divided_by_its_maximum():
     Y = torch.tensor([[[0.6, 0.3, 0.1], [0.1, 0.5, 0.4]]])  # one row of two patches, three classes

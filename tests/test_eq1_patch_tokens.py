@@ -21,6 +21,7 @@ def tiny(**kwargs):
 
 # --- the tokens --------------------------------------------------------------------------------
 
+@pytest.mark.eq1
 @pytest.mark.parametrize("name, prefix", [("vit_tiny_patch16_224", 1),
                                           ("vit_small_patch14_reg4_dinov2", 5)])
 def test_patch_tokens_are_timms_after_its_prefix_tokens(name, prefix):
@@ -39,6 +40,7 @@ def test_patch_tokens_are_timms_after_its_prefix_tokens(name, prefix):
     torch.testing.assert_close(tokens.flatten(1, 2), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.eq1
 def test_position_embedding_is_resampled_for_other_sizes():
     ours = tiny(class_tokens="none", context="none")
     size = (128, 64)
@@ -54,6 +56,7 @@ def test_position_embedding_is_resampled_for_other_sizes():
     torch.testing.assert_close(tokens.flatten(1, 2), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.eq1
 def test_average_pooled_vits_are_normed_too():
     model = CPFCTE(ClassifierConfig(C, "vit_tiny_patch16_224"))
     model.backbone = timm.create_model("vit_tiny_patch16_224", num_classes=0, global_pool="avg")
@@ -61,6 +64,7 @@ def test_average_pooled_vits_are_normed_too():
     torch.testing.assert_close(tokens.mean(-1), torch.zeros(1, 14, 14), atol=1e-4, rtol=0)
 
 
+@pytest.mark.eq1
 def test_a_size_that_is_no_multiple_of_the_patch_is_refused():
     with pytest.raises(DataError, match="--size 100 is no multiple of the 8 pixels"):
         tiny().patch_tokens(torch.rand(1, 3, 100, 100))

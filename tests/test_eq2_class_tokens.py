@@ -10,6 +10,7 @@ from model import CPFCTE, ClassifierConfig
 from support.run import DataError
 
 B, C, h, w = 2, 5, 3, 4
+pytestmark = pytest.mark.eq2
 
 
 def tiny(**kwargs):

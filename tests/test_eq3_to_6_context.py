@@ -2,11 +2,19 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 
 from model import CPFCTE, ClassifierConfig, ContextFusion
 
 B, C, h, w, D = 2, 5, 3, 4, 8
+
+
+def eq3_to_6(test):
+    """Mark a test for make check EQ=3, 4, 5 and 6."""
+    for number in range(3, 7):
+        test = getattr(pytest.mark, f"eq{number}")(test)
+    return test
 
 
 def lstm_by_hand(lstm, line, suffix):
@@ -38,6 +46,7 @@ def projection(fuse):
     return fuse.proj.weight.detach().numpy(), fuse.proj.bias.detach().numpy()
 
 
+@eq3_to_6
 def test_hv_is_one_bilstm_per_row_and_one_per_column():
     fuse, tokens = fusion("hv"), torch.randn(B, h, w, D)
     hidden = np.zeros((B, h, w, D))
@@ -50,6 +59,7 @@ def test_hv_is_one_bilstm_per_row_and_one_per_column():
     np.testing.assert_allclose(fuse(tokens).detach().numpy(), hidden @ W_o.T + b_o, atol=1e-5)
 
 
+@eq3_to_6
 def test_hv_output_depends_on_exactly_its_row_and_its_column():
     fuse, tokens = fusion("hv"), torch.randn(1, h, w, D, requires_grad=True)
     fuse(tokens)[0, 1, 2].sum().backward()
@@ -59,6 +69,7 @@ def test_hv_output_depends_on_exactly_its_row_and_its_column():
     assert torch.equal(reached, expected)
 
 
+@eq3_to_6
 def test_raster_is_one_bilstm_over_the_row_major_sequence():
     fuse, tokens = fusion("raster"), torch.randn(B, h, w, D)
     W_o, b_o = projection(fuse)
@@ -95,6 +106,7 @@ def test_pool_gives_a_patch_the_means_of_its_row_and_of_its_column():
                                        W_o @ gelu(A @ joined + a) + b_o, atol=1e-5)
 
 
+@eq3_to_6
 def test_appended_tokens_lead_every_line_and_are_dropped():
     fuse, tokens, class_tokens = fusion("hv"), torch.randn(1, h, w, D), torch.randn(C, D)
     W_o, b_o = projection(fuse)
@@ -104,6 +116,7 @@ def test_appended_tokens_lead_every_line_and_are_dropped():
     np.testing.assert_allclose(result, W_o @ np.concatenate([row, column]) + b_o, atol=1e-5)
 
 
+@eq3_to_6
 def test_the_lstms_run_in_float32_under_autocast():
     fuse, tokens = fusion("hv"), torch.randn(1, h, w, D)
     exact = fuse.scan(fuse.lstms[0], tokens, None)
@@ -127,3 +140,9 @@ def test_the_head_starts_as_keras_does():
             expected[H:2 * H] = "bias_ih" in name
             assert torch.equal(parameter, expected)
     assert not model.context.proj.bias.any()
+
+
+def test_conv_starts_with_each_patch_as_it_is():
+    grid = torch.randn(B, 128, h, w)
+    torch.testing.assert_close(
+        CPFCTE(ClassifierConfig(C, "vit_toy", context="conv")).context.mix(grid), grid)

@@ -22,6 +22,7 @@ def tiny(**kwargs):
 
 # --- Eq. (7) -----------------------------------------------------------------------------------
 
+@pytest.mark.eq7
 @pytest.mark.parametrize("class_tokens, context", [
     ("none", "none"), ("soft", "none"), ("all", "raster"), ("append", "hv"), ("soft", "hv")])
 def test_forward_gives_a_distribution_over_classes_for_each_patch(class_tokens, context):
@@ -30,6 +31,7 @@ def test_forward_gives_a_distribution_over_classes_for_each_patch(class_tokens, 
     torch.testing.assert_close(Y.sum(-1), torch.ones(B, 12, 8))
 
 
+@pytest.mark.eq7
 def test_forward_is_the_softmax_of_w_c_times_the_fused_tokens():
     model, images = tiny(), torch.rand(1, 3, 96, 96)
     with torch.no_grad():
@@ -49,6 +51,7 @@ def test_every_parameter_of_the_default_model_learns():
 
 # --- Eq. (8) -----------------------------------------------------------------------------------
 
+@pytest.mark.eq8
 @pytest.mark.parametrize("K", [1, 3, h * w])
 def test_top_k_pooling_by_sorting(K):
     Y = torch.rand(B, h, w, C)
@@ -56,6 +59,7 @@ def test_top_k_pooling_by_sorting(K):
     np.testing.assert_allclose(pool_patches(Y, "topk", K), expected, rtol=1e-5)
 
 
+@pytest.mark.eq8
 def test_top_k_pooling_has_max_and_average_as_its_limits():
     Y = torch.rand(B, h, w, C)
     assert torch.equal(pool_patches(Y, "topk", 1), Y.amax((1, 2)))
@@ -66,6 +70,7 @@ def test_top_k_pooling_has_max_and_average_as_its_limits():
 
 # --- Eq. (9) -----------------------------------------------------------------------------------
 
+@pytest.mark.eq9
 def test_classification_loss_by_loops_and_finite_at_the_ends():
     s, y = torch.tensor([[0.9, 0.2, 0.4]]), torch.tensor([[1.0, 0.0, 1.0]])
     by_hand = -(math.log(0.9) + math.log(1 - 0.2) + math.log(0.4)) / 3

@@ -15,6 +15,7 @@ import cpews
 import data
 import evaluate
 import figures
+import gpu
 import kill_test
 import make_pseudo
 import patch_grid
@@ -250,7 +251,9 @@ def test_a_quick_benchmark_fills_its_table(capsys):
         assert "of the ceiling" in notes[f"stage 1 step, {context}"][0][2]
         assert len(notes[f"inference, {context}"]) == 4
     for part in ("- backbone", "- tokens", "- context", "- head"):
-        assert len(notes[part]) == 4 and all(n.endswith("of the step") for _, _, n in notes[part])
+        assert len(notes[part]) == 4 and {unit for _, unit, _ in notes[part]} == {"% of the step"}
+    measured = {key for key in gpu.GOALS if key[0] in ("- context", "CRF, torch")}
+    assert len(measured) == 2 and measured <= {(part, setting) for part, setting, *_ in rows}
 
 
 # --- extras/kill_test.py -----------------------------------------------------------------------

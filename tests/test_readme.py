@@ -3,6 +3,8 @@ import ast
 import importlib
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,13 @@ COMMANDS = sorted({line.split("  #")[0].strip() for text in PAGES.values()
                    for line in block.splitlines()})
 MAP = re.findall(r"^\|(.*)\|(.*)\|(.*)\|$",
                  re.search(r"\| paper \| where \|.*?\n\n", README, re.DOTALL)[0], re.MULTILINE)[2:]
+PLAIN = dict(re.findall(r"^## `make ([^`]+)`\n.*?```sh\n(.*?)```",
+                        (ROOT / "docs/COMMANDS.md").read_text(), re.DOTALL | re.MULTILINE))
 NAME = r"`([\w/]+\.py):([\w.]+)`"
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("python ", "torchrun "))])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("python ", "torchrun "))
+                                     and not c.startswith("python -m ")])
 def test_commands_parse(command):
     words = shlex.split(command)
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
@@ -29,7 +34,7 @@ def test_commands_parse(command):
 
 def test_make_targets_variables_and_the_flags_they_pass_on_exist():
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(" ".join(re.findall(r"^([\w ./]+):", makefile, re.MULTILINE)).split())
+    targets = set(" ".join(re.findall(r"^([\w ./-]+):", makefile, re.MULTILINE)).split())
     variables = set(re.findall(r"^(\w+) \??=", makefile, re.MULTILINE))
     inline = re.findall(r"`(make [^`\n]+)`", "".join(PAGES.values()))
     commands = [c for c in COMMANDS if c.startswith("make ")] + inline
@@ -40,6 +45,33 @@ def test_make_targets_variables_and_the_flags_they_pass_on_exist():
         for script in {"CLS_FLAGS": ["train_cls"], "SEG_FLAGS": ["train_seg"]}.get(name, ()):
             needed = ["--data", "data/toy", "--run", "runs/toy"]
             importlib.import_module(script).parse_args([*needed, *shlex.split(value)])
+
+
+def asked_for(words):
+    """What a command asks for: the script and its arguments with all defaults, or its words."""
+    if words[0] == "-m":
+        return {word for word in words if not word.startswith("tests")}
+    arguments = importlib.import_module(Path(words[0]).stem).parse_args(words[1:])
+    return words[0], {name: value.strip() if isinstance(value, str) else value
+                      for name, value in vars(arguments).items()}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="compares with make")
+@pytest.mark.parametrize("target", PLAIN)
+def test_plain_commands_are_those_of_make(target):
+    made = subprocess.run(["make", "-nB", *target.split()], cwd=ROOT, text=True,
+                          capture_output=True, check=True).stdout.replace("\\\n", " ")
+    python = ".venv/bin/python "
+    made = [asked_for(shlex.split(line.removeprefix(python)))
+            for line in made.splitlines() if line.startswith(python)]
+    plain = [asked_for(shlex.split(line)[1:]) for line in PLAIN[target].splitlines()]
+    assert plain and plain == made[-len(plain):]
+
+
+def test_plain_commands_stand_beside_every_target():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.*)", makefile, re.MULTILINE)[1].split())
+    assert {target.split()[0] for target in PLAIN} == targets - {"clean"}
 
 
 def test_flags_that_the_text_names_exist():

@@ -94,17 +94,17 @@ def test_help_shows_the_default_of_every_preset(flags, capsys):
         flags.parse(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0
-    for words in ("the rate (voc 0.1, coco 0.1, toy 0.7)", "the passes (voc 50, coco 30, toy 6)",
-                  "turn over (voc True, coco True, toy False)",
+    for words in ("the rate (default 0.1, toy 0.7)", "the passes (default 50, coco 30, toy 6)",
+                  "turn over (default True, toy False)",
                   "the scales (default [1.0, 0.5])"):
         assert words in shown
 
 
 @pytest.mark.parametrize("stage, words", [
-    (train_cls, "SIZE x SIZE, aspect ratio not kept (voc 384, coco 384, toy 96)"),
-    (make_pseudo, "960 for 384 (voc 2.5, coco 2.5, toy 1.0)"),
-    (train_seg, "ends there (voc 20000, coco 100000, toy 1500)"),
-    (evaluate, "split to predict and score (voc val, coco val, toy test)")])
+    (train_cls, "SIZE x SIZE (default 384, toy 96, voc-small 224)"),
+    (make_pseudo, "960 for 384 (default 2.5, toy 1.0)"),
+    (train_seg, "ends there (default 20000, coco 100000, toy 1000, voc-small 1500)"),
+    (evaluate, "split to predict and score (default val, toy test)")])
 def test_help_of_every_stage_shows_its_presets(stage, words, capsys):
     with pytest.raises(SystemExit) as caught:
         stage.parse_args(["--help"])
@@ -115,7 +115,7 @@ def test_help_of_every_stage_shows_its_presets(stage, words, capsys):
 
 @pytest.mark.parametrize("preset, values", [
     ("voc", ("trainaug", 384, 50, 16, 1e-3, 6)), ("coco", ("train", 384, 50, 16, 1e-3, 6)),
-    ("toy", ("train", 96, 6, 8, 1e-3, 12))])
+    ("toy", ("train", 96, 6, 16, 1e-3, 12)), ("voc-small", ("train", 224, 12, 16, 1e-3, 6))])
 def test_the_recipe_of_stage_1(tmp_path, preset, values):
     (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
     (tmp_path / "ImageSets/Segmentation/trainaug.txt").touch()

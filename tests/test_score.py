@@ -18,18 +18,25 @@ from support.run import DataError
 
 # --- the score ---------------------------------------------------------------------------------
 
-def test_iou_by_hand_with_255_on_either_side():
+@pytest.mark.confusion
+def test_confusion_by_hand_with_255_on_either_side():
     truth = np.array([[0, 0, 1, 1, 255, 1, 1]], np.uint8)
     guess = np.array([[0, 1, 1, 255, 1, 1, 2]], np.uint8)
     confusion = evaluate.confusion_matrix(guess, truth, 3)
-    # background: TP 1, FN 1; class 1: TP 2, FP 1, and the predicted 255 is a miss like the 2
+    # background: TP 1, FN 1; class 1: TP 2, FP 1; its FN are the 2 and the predicted 255
     assert confusion.tolist() == [[1, 1, 0, 0], [0, 2, 1, 1], [0, 0, 0, 0]]
+
+
+@pytest.mark.iou
+def test_iou_by_hand():
+    confusion = np.array([[1, 1, 0, 0], [0, 2, 1, 1], [0, 0, 0, 0]])
     iou = evaluate.iou_per_class(confusion)
     assert iou[:2].tolist() == [1 / 2, 2 / 5] and np.isnan(iou[2])  # class 2 does not occur
     assert evaluate.miou(confusion) == pytest.approx((1 / 2 + 2 / 5) / 2)
     assert evaluate.miou(np.zeros((3, 4), int)) is None
 
 
+@pytest.mark.confusion
 def test_confusion_matrix_by_loops():
     rng = np.random.default_rng(0)
     truth, guess = rng.choice([0, 1, 2, 3, 255], (2, 20, 30)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Sliding windows: averaged probabilities against a loop over pixels, and against the whole image."""
+"""Sliding windows: averaged probabilities against a loop over cells, and the whole image."""
 import numpy as np
 import pytest
 import torch
@@ -77,7 +77,8 @@ def test_the_classifiers_windows_see_a_window_each():
 def test_deeplabv2_predicts_the_same_from_windows_that_cover_the_image_and_draws_a_bar():
     torch.manual_seed(0)
     model = DeepLabv2(SegmenterConfig(C, "resnet_toy", (1, 2), (1.0,)))
-    image, cpu = np.random.default_rng(0).integers(0, 256, (75, 130, 3), np.uint8), torch.device("cpu")
+    image = np.random.default_rng(0).integers(0, 256, (75, 130, 3), np.uint8)
+    cpu = torch.device("cpu")
     whole = evaluate.predict_logits(model, image, cpu, False)
     again = evaluate.predict_logits(model, image, cpu, False, window=136)
     assert torch.equal(whole, again) and whole.shape == (C, 10, 17)
