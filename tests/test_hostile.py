@@ -458,7 +458,7 @@ CHECKPOINTS = [
     ("a backbone that is none", lambda: None, "cls --run new --backbone vit_huge_toy",
      "timm has no model 'vit_huge_toy'"),
     ("tokens that nothing reads", lambda: None,
-     "cls --run new --class-tokens append --context none", "--class-tokens append needs a --cont"),
+     "cls --run new --class-tokens append --context none", "--class-tokens append needs --cont"),
     ("a size that patches do not divide, stage 1", lambda: None, "cls --run new --size 50",
      "--size 50 is no multiple of the 8 pixels of a patch"),
     ("a lattice too fine", lambda: None,
