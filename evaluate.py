@@ -155,7 +155,7 @@ def score(folder, split, directory, about, workers, path=None):
 @torch.no_grad()
 def predict_logits(model, image, device, amp, window=None, stride=None, bar=iter):
     """DeepLabv2's log-probabilities (C, H/8, W/8), on device, of an image (H, W, 3) uint8."""
-    def probabilities(images):
+    def _probabilities(images):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(images.to(device) / 255)[-1]
         if not logits.isfinite().all():
@@ -164,7 +164,7 @@ def predict_logits(model, image, device, amp, window=None, stride=None, bar=iter
 
     model.eval()
     images = torch.as_tensor(image).permute(2, 0, 1)[None]
-    probs = slide(probabilities, images, 8, window, stride, bar)
+    probs = slide(_probabilities, images, 8, window, stride, bar)
     return probs[0].permute(2, 0, 1).clamp(min=1e-30).log()
 
 

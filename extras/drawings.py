@@ -117,25 +117,25 @@ def lock(axis, x, y, size=0.17):
 # --- 1: the architecture -----------------------------------------------------------------------
 def watch(model, shapes):
     """Let the parts of a CPFCTE note in shapes, when they run, the shape of what they give."""
-    def noted(name, method):
-        def noting(*inputs):
+    def _noted(name, method):
+        def _noting(*inputs):
             result = method(*inputs)
             shapes[name] = tuple(result.shape)
             return result
-        return noting
+        return _noting
 
-    def hook(name):
-        def note(module, inputs, output):
+    def _hook(name):
+        def _note(module, inputs, output):
             states = output[0] if isinstance(module, nn.LSTM) else output
             shapes[name], shapes[f"into {name}"] = tuple(states.shape), tuple(inputs[0].shape)
-        return note
+        return _note
 
     for name in ("patch_tokens", "class_attention", "enhance", "fuse"):
-        setattr(model, name, noted(name, getattr(model, name)))
+        setattr(model, name, _noted(name, getattr(model, name)))
     for name, module in {"enhance_proj": model.enhance_proj, "proj": model.context.proj,
                          "rows": model.context.lstms[0],
                          "columns": model.context.lstms[1]}.items():
-        module.register_forward_hook(hook(name))
+        module.register_forward_hook(_hook(name))
 
 
 @torch.no_grad()
@@ -441,12 +441,12 @@ class Scene:
 
 def kept_epochs(args):
     """{epoch: file}: cls.pt after each epoch of one training in RUN, which goes on where it was."""
-    def save_and_keep(path, kind, model, settings, **content):
+    def _save_and_keep(path, kind, model, settings, **content):
         save_checkpoint(path, kind, model, settings, **content)
         with atomic(args.run / f"epochs/{content['epoch']}.pt") as temporary:
             shutil.copyfile(path, temporary)
 
-    with patch.object(train_cls, "save_checkpoint", save_and_keep):
+    with patch.object(train_cls, "save_checkpoint", _save_and_keep):
         train_cls.main(train_cls.parse_args(["--data", str(args.data), "--run", str(args.run),
                                              "--resume", *shlex.split(args.cls_flags)]))
     files = {int(path.stem): path for path in args.run.glob("epochs/*.pt")}
