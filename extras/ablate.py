@@ -125,7 +125,8 @@ def run_variant(args, train_flags, mask_flags, seed):
     trained = args.out / args.data.resolve().name / folder_name(train_flags) / f"s{seed}"
     run = trained / folder_name(mask_flags) if mask_flags else trained
     note = run / f"scores-{args.split}.json"
-    flags = shlex.split(vars(args)[f"{method}_flags"]) + train_flags.removeprefix("cpews").split()
+    more = {"cls": args.cls_flags, "cpews": args.cpews_flags}[method]
+    flags = shlex.split(more) + train_flags.removeprefix("cpews").split()
     settings = [str(args.data.resolve()), flags, shlex.split(args.seg_flags)]
     saved = json.loads(note.read_text()) if note.is_file() else {}
     if saved and saved["settings"] != settings:
