@@ -27,7 +27,7 @@ MOMENTUM, WEIGHT_DECAY, POLY_POWER = 0.9, 5e-4, 0.9
 
 def parse_args(argv=None):
     """The flags of stage 3."""
-    flags = stage_flags(__doc__, trains=True)
+    flags = stage_flags(__doc__, trains=True, bf16=("toy", "voc_small"))
     add = flags.add
     add("--train-split", "trainaug", "split to train on", **NO_SBD)
     add("--val-split", "val", "split that scores the network at every save; none: no score")
@@ -43,9 +43,8 @@ def parse_args(argv=None):
     add("--rates", [6, 12, 18, 24], "dilations of ASPP", toy=[1, 2, 3, 4], nargs="+", low=1)
     add("--freeze-bn", True, "keep the batch norms of the ImageNet weights", toy=False)
     add("--batch-size", 10, "images of one iteration, over all ranks together", low=1)
-    add("--iterations", 20000, "optimiser steps; the poly decay ends there", coco=100000, toy=1000,
-        voc_small=1500,
-        low=1)
+    add("--iterations", 20000, "optimiser steps; the poly decay ends there", coco=100000, toy=1500,
+        voc_small=1500, low=1)
     add("--save-every", 1000, "iterations between two checkpoints", coco=5000, toy=500, low=1)
     add("--lr", 2.5e-4, "of the backbone, before the poly decay", toy=0.02, low=1e-9, high=10)
     add("--warm-up", 0, "first iterations, over which the rates rise linearly", toy=50)

@@ -116,8 +116,11 @@ class Flags:
         return argparse.Namespace(**chosen | given | dict(preset=preset))
 
 
-def stage_flags(doc, trains=False):
-    """The flags that all four stages share, and those of the two which train."""
+def stage_flags(doc, trains=False, bf16=("voc_small",)):
+    """The flags that all four stages share, and those of the two which train.
+
+    bf16: presets that a CPU which computes in bfloat16 runs in it.
+    """
     flags = Flags(doc)
     add = flags.add
     add("--data", None, "data set folder, laid out as data.py says", type=Path)
@@ -128,8 +131,9 @@ def stage_flags(doc, trains=False):
         "the CRF; results do not depend on it", high=1024)
     add("--device", "auto", "auto: a GPU of CUDA, if there is one, else the CPU; mps: Apple's GPU, "
         "untested", choices=("auto", "cpu", "mps"))
-    add("--amp", torch.cuda.is_available(), "run the network in bfloat16 autocast",
-        voc_small=torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported())
+    gpu = torch.cuda.is_available()
+    add("--amp", gpu, "run the network in bfloat16 autocast",
+        **dict.fromkeys(bf16, gpu or torch.cpu._is_avx512_bf16_supported()))
     if not trains:
         add("--window", None, "predict in overlapping windows of W x W pixels and average their "
             "probabilities: for images larger than those it learnt from (default: no windows)",
