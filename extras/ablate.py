@@ -26,6 +26,7 @@ STUDIES = {
     "table4": [("baseline", 65.2, "--class-tokens none --context none", ""),
                ("+ class tokens", 67.1, "--context none", ""),
                ("+ context", 67.8, "--class-tokens none", ""), ("both", 69.5, "", "")],
+    "modules": [("baseline", "-", "--class-tokens none --context none", ""), ("both", "-", "", "")],
     "table5": [("average pooling", 67.7, "--pool avg", ""), ("max pooling", 68.1, "--pool max", ""),
                ("top-K pooling", 69.5, "", "")],
     "top-k": [(f"K = {k}", "-", {1: "--pool max", "N": "--pool avg"}.get(k, f"--top-k {k}"), "")
