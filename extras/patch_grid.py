@@ -1,12 +1,14 @@
 """The patch-grid bound: the mIoU that perfect patch labels reach, so how much error is the grid's.
 
 Run:    python extras/patch_grid.py --data data/toy --split val --sides 12 24 60
+        python extras/patch_grid.py --data data/VOC2012 --split val --crf --crf-sxy 121 --crf-srgb 5
 Prints: for each grid the mIoU of the ground truth, reduced to the grid and upsampled again as in
         Eq. (10): once as labels (each patch the class that covers most of it), once as shares (each
-        patch the share of every class, what perfect and perfectly calibrated Y would be)
+        patch the share of every class, what perfect and perfectly calibrated Y would be); with
+        --crf also after the CRF, and the classes that gained and lost most by it
 """
-import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,54 +16,72 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import IGNORE, Folder, read_mask  # noqa: E402  the scripts are no package
-from evaluate import confusion_matrix, miou  # noqa: E402
-from model import upsample  # noqa: E402
-from support.run import DataError, launch, number, progress  # noqa: E402
+from data import IGNORE, Folder, read_image, read_mask  # noqa: E402  the scripts are no package
+from evaluate import confusion_matrix, iou_per_class, miou  # noqa: E402
+from make_pseudo import pseudo_masks  # noqa: E402
+from support.crf import add_crf_flags, crf_settings  # noqa: E402
+from support.run import DataError, Flags, in_workers, launch, progress  # noqa: E402
+
+KINDS = ("labels", "shares")
 
 
 def parse_args(argv=None):
-    """Which masks, which grids."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="data set folder")
-    parser.add_argument("--split", default="val", help="split whose ground truth is reduced")
-    parser.add_argument("--sides", type=number(int, 1, 10**4), nargs="+", default=[12, 24, 60],
-                        help="patches along each side: 24 is training at 384, 60 inference at 960")
-    return parser.parse_args(argv)
+    """Which masks, which grids, which CRF."""
+    flags = Flags(__doc__)
+    flags.add("--data", None, "data set folder", type=Path)
+    flags.add("--split", "val", "split whose ground truth is reduced")
+    flags.add("--sides", [12, 24, 60], "patches along each side: 24 is training at 384, 60 "
+              "inference at 960", nargs="+", low=1, high=10**4)
+    flags.add("--workers", 2, "processes", high=1024)
+    add_crf_flags(flags.add, "none")
+    return flags.parse(argv, needed=["data"])
 
 
-def through_grid(mask, side, shares):
-    """(H, W) uint8 -> what is left of it after side x side patches, (H, W) uint8, never 255.
+def on_grid(mask, side, shares):
+    """(H, W) uint8 -> its classes (P,) and what side x side patches show of them, (P, side, side).
 
     shares False: a patch has the one class that covers most of it; True: the area share of each.
     """
     classes = np.setdiff1d(mask, [IGNORE])
     if not len(classes):
-        return np.zeros_like(mask)
+        return np.zeros(1, np.uint8), torch.ones(1, side, side)
     planes = torch.from_numpy(mask[None] == classes[:, None, None]).float()
-    patches = F.adaptive_avg_pool2d(planes, side)  # (classes, side, side)
+    patches = F.adaptive_avg_pool2d(planes, side)
     if not shares:
         patches = F.one_hot(patches.argmax(0), len(classes)).permute(2, 0, 1).float()
-    return classes[upsample(patches, *mask.shape).argmax(0).numpy()]
+    return classes, patches
+
+
+def reduced(folder, image_id, sides, crf):
+    """One image's confusion matrices (sides, 2 kinds, before and after the CRF, C, C + 1)."""
+    C = len(folder.classes)
+    truth = read_mask(folder.mask_path(image_id), C)
+    image = truth if crf is None else np.array(read_image(folder.image_path(image_id)))
+    return np.stack([[[confusion_matrix(mask, truth, C) for mask in
+                       pseudo_masks(image, *on_grid(truth, side, kind == "shares"), crf)]
+                      for kind in KINDS] for side in sides])
 
 
 def main(args):
     folder = Folder(args.data)
-    C = len(folder.classes)
     ids = [i for i in folder.ids(args.split) if folder.mask_path(i).is_file()]
     if not ids:
         raise DataError(f"{args.data}/SegmentationClass has no mask of {args.split}")
-    confusion = np.zeros((len(args.sides), 2, C, C + 1), np.int64)
-    for image_id in progress(ids, args.split):
-        truth = read_mask(folder.mask_path(image_id), C)
-        for counts, side in zip(confusion, args.sides):
-            for shares in (False, True):
-                guess = through_grid(truth, side, shares)
-                counts[int(shares)] += confusion_matrix(guess, truth, C)
+    crf, counts = crf_settings(args, torch.device("cpu")), 0
+    one = partial(reduced, folder, sides=args.sides, crf=crf)
+    for of_image in progress(in_workers(one, [(i,) for i in ids], args.workers), args.split,
+                             len(ids)):
+        counts = counts + of_image
     print(f"patch-grid bound on {args.split} of {args.data}, {len(ids):,} images, mIoU %")
-    for side, counts in zip(args.sides, confusion):
-        labels, shares = (100 * miou(c) for c in counts)
-        print(f"{side:3d} x {side:<3d} patches   labels {labels:5.1f}   shares {shares:5.1f}")
+    for side, of_side in zip(args.sides, counts):
+        bound = [f"{kind} {100 * miou(plain):5.1f}" for kind, (plain, *_) in zip(KINDS, of_side)]
+        print("   ".join([f"{side:3d} x {side:<3d} patches", *bound]))
+        for kind, (plain, *refined) in zip(KINDS, of_side):
+            for after in refined:
+                iou, new = 100 * iou_per_class(plain), 100 * iou_per_class(after)
+                best, worst = (f"{folder.classes[c]} {iou[c]:.1f} to {new[c]:.1f}" for c in
+                               (np.nanargmax(new - iou), np.nanargmin(new - iou)))
+                print(f"    {kind} after the CRF {100 * miou(after):5.1f}   {best}   {worst}")
 
 
 if __name__ == "__main__":

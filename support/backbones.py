@@ -37,7 +37,10 @@ def create_backbone(name, kind, pretrained, weights=None, **kwargs):
     if pretrained and not weights:
         ask_hub(name)
     try:
-        return timm.create_model(name, pretrained=pretrained or bool(weights), **overlay, **kwargs)
+        model = timm.create_model(name, pretrained=pretrained or bool(weights), **overlay, **kwargs)
+        if "ViT" in kind and not hasattr(model, "fc_norm"):  # Swin takes the same arguments
+            raise NotImplementedError
+        return model
     except (TypeError, NotImplementedError, AssertionError):  # it does not take these arguments
         raise DataError(f"--backbone {name} does not fit this stage, which needs a {kind}")
     except Exception as error:  # hub, network, file format: many types, one consequence

@@ -201,15 +201,19 @@ def test_figures_of_a_tiny_table_4(toy, tmp_path, calls, monkeypatch):
 
 # --- the patch-grid bound ----------------------------------------------------------------------
 
+def through_grid(mask, side, shares):
+    return make_pseudo.pseudo_masks(mask, *patch_grid.on_grid(mask, side, shares), None)[0]
+
+
 def test_a_grid_as_fine_as_the_image_loses_nothing_and_one_patch_almost_all():
     mask = np.random.default_rng(0).choice([0, 1, 5], (8, 8)).astype(np.uint8)
     for shares in (False, True):
-        assert np.array_equal(patch_grid.through_grid(mask, 8, shares), mask)
+        assert np.array_equal(through_grid(mask, 8, shares), mask)
     mask[:] = 0
     mask[:, :3] = 5
     mask[0, 0] = 255
-    assert (patch_grid.through_grid(mask, 1, False) == 0).all()  # background covers most of it
-    assert (patch_grid.through_grid(np.full((4, 4), 255, np.uint8), 2, True) == 0).all()
+    assert (through_grid(mask, 1, False) == 0).all()  # background covers most of it
+    assert (through_grid(np.full((4, 4), 255, np.uint8), 2, True) == 0).all()
 
 
 def test_bound_by_hand(tmp_path, capsys):
@@ -231,6 +235,24 @@ def test_bound_by_hand(tmp_path, capsys):
     labels = 100 * (12 / 18 + 18 / 24) / 2
     # background in the six columns: 1 1 2/3 1/3 0 0 by labels, 2/3 2/3 4/9 2/9 0 0 by shares
     assert f"labels {labels:5.1f}   shares 100.0" in capsys.readouterr().out
+
+
+def test_the_crf_gives_back_a_border_that_the_grid_moved(tmp_path, capsys):
+    """Colours tell the two classes; 5 of 16 columns are background, a grid of 2 makes that 8."""
+    mask = np.ones((16, 16), np.uint8)
+    mask[:, :5] = 0
+    folder = tmp_path / "one"
+    data.save_mask(folder / "SegmentationClass/a.png", mask)
+    (folder / "JPEGImages").mkdir()
+    Image.fromarray(np.where(mask[..., None], 200, np.uint8([[[20, 40, 60]]]))).save(
+        folder / "JPEGImages/a.png")
+    run.write_lines(folder / "classes.txt", ["background", "thing"])
+    run.write_lines(folder / "ImageSets/Segmentation/val.txt", ["a"])
+    patch_grid.main(patch_grid.parse_args(["--data", str(folder), "--sides", "2", "--workers", "0",
+                                           "--crf", "torch", "--crf-srgb", "10"]))
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    for kind, line in zip(("labels", "shares"), lines):
+        assert f"{kind} after the CRF 100.0" in line and "background" in line and "100.0" in line
 
 
 # --- extras/bench.py ---------------------------------------------------------------------------

@@ -446,6 +446,8 @@ CHECKPOINTS = [
      "cls --run new --weights a.pth", "no weights for vit_toy from a.pth .*: pass --weights FILE"),
     ("a CNN for a ViT", lambda: None, "cls --run new --backbone resnet_toy",
      "--backbone resnet_toy does not fit this stage, which needs a plain ViT"),
+    ("a transformer of windows", lambda: None,
+     "cls --run new --backbone swin_tiny_patch4_window7_224", "swin_.* does not fit this stage"),
     ("a ViT for a CNN", lambda: None, "seg --overwrite --backbone vit_toy",
      "--backbone vit_toy does not fit this stage, which needs a CNN"),
     *[("no Apple GPU", lambda: None, "cls --run new --device mps",
