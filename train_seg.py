@@ -27,7 +27,7 @@ MOMENTUM, WEIGHT_DECAY, POLY_POWER = 0.9, 5e-4, 0.9
 
 def parse_args(argv=None):
     """The flags of stage 3."""
-    flags = stage_flags(__doc__, trains=True, bf16=("toy", "voc_small"))
+    flags = stage_flags(__doc__, trains=True, bf16=("toy", "voc-small"))
     add = flags.add
     add("--train-split", "trainaug", "split to train on", **NO_SBD)
     add("--val-split", "val", "split that scores the network at every save; none: no score")

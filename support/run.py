@@ -116,10 +116,10 @@ class Flags:
         return argparse.Namespace(**chosen | given | dict(preset=preset))
 
 
-def stage_flags(doc, trains=False, bf16=("voc_small",)):
+def stage_flags(doc, trains=False, bf16=("voc-small",), pretrained=True):
     """The flags that all four stages share, and those of the two which train.
 
-    bf16: presets that a CPU which computes in bfloat16 runs in it.
+    bf16: presets that a CPU which computes in bfloat16 runs in it; pretrained: voc's default.
     """
     flags = Flags(doc)
     add = flags.add
@@ -133,7 +133,7 @@ def stage_flags(doc, trains=False, bf16=("voc_small",)):
         "untested", choices=("auto", "cpu", "mps"))
     gpu = torch.cuda.is_available()
     add("--amp", gpu, "run the network in bfloat16 autocast",
-        **dict.fromkeys(bf16, gpu or torch.cpu._is_avx512_bf16_supported()))
+        **{name.replace("-", "_"): gpu or torch.cpu._is_avx512_bf16_supported() for name in bf16})
     if not trains:
         add("--window", None, "predict in overlapping windows of W x W pixels and average their "
             "probabilities: for images larger than those it learnt from (default: no windows)",
@@ -142,8 +142,8 @@ def stage_flags(doc, trains=False, bf16=("voc_small",)):
             type=number(int, 1, 10**5))
         return flags
     add("--weights", None, "local copy of the backbone's timm weights, instead of the hub's")
-    add("--pretrained", True, "start from the backbone's ImageNet weights, not from random ones",
-        toy=False)
+    add("--pretrained", pretrained, "start from the backbone's ImageNet weights, not from random "
+        "ones", toy=False)
     add("--seed", 0, "of the weights, the order and the augmentation", high=2**31 - 1)
     add("--compile", False, "torch.compile the network: meant for GPUs and long runs")
     add("--resume", False, "go on from RUN's checkpoint, if any, as if never interrupted")
@@ -212,10 +212,12 @@ def progress(items, desc, total=None, disable=False):
 
 # --- checkpoints: RUN/cls.pt, RUN/seg.pt, RUN/cpews.pt -----------------------------------------
 
-MADE_BY = {"cls": "train_cls.py", "seg": "train_seg.py", "cpews": "extras/cpews.py"}
+MADE_BY = {"cls": "train_cls.py", "seg": "train_seg.py", "cpews": "extras/cpews.py",
+           "pretrain": "extras/pretrain.py"}
 NEEDED = {"cls": "config model optimizer classes ids labels --seed epoch --epochs --size".split(),
           "seg": "config model optimizer classes ids labels --seed step".split(),
-          "cpews": "config model optimizer classes ids labels pools --seed step".split()}
+          "cpews": "config model optimizer classes ids labels pools --seed step".split(),
+          "pretrain": "config model optimizer classes images --seed epoch".split()}
 FREE = "data run preset device workers amp compile weights pretrained resume overwrite".split()
 
 
