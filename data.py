@@ -290,7 +290,7 @@ def parse_args(argv=None):
     add("--num", type=number(int, 1, 99999), nargs=3, default=(1500, 200, 200), metavar="N",
         help="toy: images of train, val and test (default: 1500 200 200)")
     add("--cooccur", type=number(float, 0, 1), metavar="P",
-        help="toy: probability that the background has the texture of the first beetle's class")
+        help="toy: probability that the background suits the first beetle's pattern")
     add("--sbd", type=Path, help="voc: SBD's folder; its train.txt and val.txt make trainaug")
     add("--train-masks", action="store_true", help="coco: masks of train, too, to score")
     add("--download", action="store_true", help="voc, coco: fetch the archives first")

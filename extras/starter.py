@@ -19,7 +19,7 @@ EXERCISES = {
     "2": ("model.py", ["CPFCTE.enhance", "CPFCTE.class_attention"],
           "Eq. (2), Sec. 0.3.2: [p_i ; t(i)], then a linear map back to D"),
     "3": ("model.py", ["ContextFusion.forward", "ContextFusion.scan"],
-          "Eq. (3) to (6), Sec. 0.3.3: (B, h, w, D) -> (B, h, w, D); hv, then raster"),
+          "Eq. (3) to (6), Sec. 0.3.3: hv and raster; class tokens lead every line; LSTM in float32"),
     "8": ("model.py", ["pool_patches"],
           "Eq. (8), Sec. 0.3.4: mean of each class's K largest scores; max: K = 1, avg: K = N"),
     "9": ("model.py", ["classification_loss"],
@@ -30,7 +30,7 @@ EXERCISES = {
                   "Sec. 0.4.1: pixels counted by true and predicted class"),
     "iou": ("evaluate.py", ["iou_per_class"], "Sec. 0.4.1: TP / (TP + FP + FN) of each class"),
     "deeplabv2": ("train_seg.py", ["multi_scale_loss"],
-                  "Sec. 0.4.2: the sum over the outputs of the mean cross-entropy"),
+                  "Sec. 0.4.2: sum over outputs of the mean cross-entropy; masks by nearest-exact"),
 }
 
 
