@@ -226,7 +226,7 @@ def draw_masks(axis, y, shapes):
     both(axis, 0.6, y + 0.42, shapes, "large image")
     axis.text(0.6, y + 0.62, "image, resized", ha="center", fontsize=8)
     steps = [("the same\nnetwork: Y", "large Y"),
-             ("present classes (here 3),\neach map / its max", "maps"),
+             ("say 3 are present:\neach map / its max", "maps"),
              ("bilinear\nupsampling", "probs")]
     for place, (text, name) in enumerate(steps):
         x = 1.24 + 1.5 * place
