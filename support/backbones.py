@@ -64,7 +64,10 @@ def create_backbone(name, kind, pretrained, weights=None, **kwargs):
         classifier = timm.get_pretrained_cfg(name).classifier or "no classifier"
         missing = [weight for weight in missing if not weight.startswith(classifier)]
         if missing:
-            raise ValueError(f"{len(missing)} of its weights are not there, as {missing[0]}")
+            lack = f"{len(missing)} of its weights are not there, as {missing[0]}"
+            if 2 * len(missing) > len(model.state_dict()):
+                raise ValueError(lack)
+            print(f"note: {name}: {lack}; they start at random")
         if "ViT" in kind and not hasattr(model, "fc_norm"):  # Swin takes the same arguments
             raise NotImplementedError
         return model
