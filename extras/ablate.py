@@ -46,7 +46,7 @@ STUDIES = {
     "cpews4": [("cls + seg", "-", "cpews --ism-weight 0 --pdl-weight 0 --ssl-weight 0", ""),
                ("+ ISM", "-", "cpews --pdl-weight 0 --ssl-weight 0", ""),
                ("+ PDL", "-", "cpews --ssl-weight 0", ""), ("+ SSL", "-", "cpews", ""),
-               ("+ SSL at 0.05", "-", "cpews --ssl-weight 0.05", "")],
+               ("+ SSL at 0.05, U = N", "-", "cpews --ssl-weight 0.05 --no-superclasses", "")],
     "cpews5": [(f"block {a}", "-", f"cpews --aux-block {a}", "") for a in (2, 3, 4)],
     "cpews5-voc": [(f"block {a}", "-", f"cpews --aux-block {a}", "") for a in (8, 10, 12)],
 }

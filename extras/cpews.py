@@ -54,29 +54,31 @@ def parse_args(argv=None):
     add("--rescale", [0.5, 2.0], "range of the random rescaling", toy=[1.0, 1.0], nargs=2,
         low=0.01, high=100)
     add("--jitter", True, "change brightness, contrast and saturation at random", toy=False)
-    add("--batch-size", 4, "images of one step", toy=8, low=1)
-    add("--iterations", 20000, "steps after the warm-up", coco=80000, toy=1200, low=1)
-    add("--warm-up", 2000, "steps with the losses of E4 alone; then come the pools, E10", toy=1200)
+    add("--batch-size", 4, "images of one step", toy=16, low=1)
+    add("--iterations", 20000, "steps after the warm-up", coco=80000, toy=300, low=1)
+    add("--warm-up", 2000, "steps with the losses of E4 alone; then come the pools, E10", toy=500)
     add("--freeze-warm-up", True, "the ViT does not learn in the warm-up", toy=False)
     add("--ism-from", 0, "step after the warm-up from which on ISM learns, E8; until then pixel "
-        "labels come from the auxiliary maps", coco=12000, toy=600)
-    add("--seg-from", 2000, "likewise for the decoder, E15", coco=8000, toy=600)
-    add("--save-every", 1000, "steps between two checkpoints", coco=5000, toy=400, low=1)
-    add("--lr", 6e-5, "AdamW's rate for the ViT", toy=7e-4, low=1e-9, high=10)
+        "labels come from the auxiliary maps", coco=12000)
+    add("--seg-from", 2000, "likewise for the decoder, E15", coco=8000, toy=0)
+    add("--save-every", 1000, "steps between two checkpoints", coco=5000, toy=500, low=1)
+    add("--lr", 6e-5, "AdamW's rate for the ViT", toy=1e-3, low=1e-9, high=10)
     add("--head-lr", 10.0, "rate of the other layers as a multiple of --lr", toy=1.0, high=1000)
-    add("--lr-warm-up", 1500, "steps over which the rates rise linearly", toy=187)
+    add("--lr-warm-up", 1500, "steps over which the rates rise linearly", toy=100)
     add("--aux-block", 10, "a, the block whose output is A, E2; the last one: A = F", toy=3, low=1)
-    add("--fov-dilation", 5, "of the decoder's two 3x3 convolutions, E5", toy=2, low=1)
+    add("--fov-dilation", 5, "of the decoder's two 3x3 convolutions, E5", toy=1, low=1)
     add("--cam-scales", [1.0, 0.5, 1.5], "input scales of the class maps, E6", toy=[1.0],
         nargs="+", low=0.01, high=100)
-    add("--cam-high", 0.7, "foreground is above it, E7 and E14", coco=0.65, toy=0.45, high=1)
-    add("--cam-low", 0.25, "background is below it; unsure is what lies between", high=1)
-    add("--cam-threshold", 0.5, "background's score in RUN/cam", coco=0.45, high=1)
+    add("--cam-high", 0.7, "foreground is above it, E7 and E14", coco=0.65, toy=0.6, high=1)
+    add("--cam-low", 0.25, "background is below it; unsure is what lies between", toy=0.45,
+        high=1)
+    add("--cam-threshold", 0.5, "background's score in RUN/cam", coco=0.45, toy=0.6, high=1)
     add("--mask-threshold", 0.1, "tau, E9: a region's least score over the largest", high=1)
     add("--prototypes", 10, "K, E10: of a class, at most, positive and negative ones", low=1)
     add("--pool-cam", "aux", "maps whose regions make the pools, E10: main is M, aux is M'",
         toy="main", choices=("main", "aux"))
     add("--pool-updates", 0, "how often training makes the pools anew, Table 3")
+    add("--superclasses", True, "U leaves out negatives that show a relative, E10; else U = N")
     add("--temperature", 13.0, "T, E11", low=1e-3, high=1e6)
     add("--ism-weight", 0.2, "of ISM's loss, E8; 0 leaves it out", high=1e6)
     add("--pdl-weight", 0.12, "of PDL, E11; 0 leaves it out", high=1e6)
@@ -151,7 +153,7 @@ def image_regions(model, folder, ids, args, device):
 
 def new_pools(model, folder, ids, groups, args, device):
     """E10 with the network as it is; how many prototypes there are goes to the log."""
-    if groups is None:
+    if groups is None and args.superclasses:
         print(f"{folder.root} has no superclasses.txt: SSL takes all negative prototypes for false")
     regions = image_regions(model.eval(), folder, ids, args, device)
     pools = make_pools(regions, groups, args.prototypes, args.seed)
@@ -221,7 +223,7 @@ def train(args, device):
     """Warm-up, pools, main loop; RUN/cpews.pt after every round."""
     # --- data ---
     folder = Folder(args.data)
-    ids, groups = folder.ids(args.train_split), superclasses(folder)
+    ids, groups = folder.ids(args.train_split), superclasses(folder) if args.superclasses else None
     val_ids = [] if args.val_split == "none" else folder.ids(args.val_split)[:args.val_images]
     if len(folder.classes) == 1:
         raise DataError(f"{args.data}/classes.txt names no class but background: nothing to learn")

@@ -670,7 +670,7 @@ def test_splits_share_folders_and_nothing_is_mixed_or_lost(finished, small, tmp_
     assert {path: path.read_bytes() for path in before} == before
     assert len([*home.glob("pred/*.png")]) == 16 + 4
     with pytest.raises(DataError, match="cam holds masks .*--overwrite replaces them"):
-        in_process(*where, "val", "--cam-high", "0.6")
+        in_process(*where, "val", "--cam-high", "0.7")
     with pytest.raises(DataError, match="pred holds masks .*--overwrite replaces them"):
         in_process(*where, "val", "--crf")
     in_process(*where, "val", "--crf", "--overwrite")
@@ -736,6 +736,8 @@ def test_without_superclasses_all_negatives_count(small, tmp_path, capsys):
     assert "has no superclasses.txt: SSL takes all negative" in capsys.readouterr().out
     assert any(len(U) for U in pools["U"])
     assert all(torch.equal(N, U) for N, U in zip(pools["N"], pools["U"]))
+    flag = trained(small, tmp_path / "flag", "--iterations", "1", "--no-superclasses")["pools"]
+    assert all(torch.equal(N, U) for N, U in zip(pools["N"], flag["U"]))
     shutil.copy(small / "superclasses.txt", folder)
     with pytest.raises(DataError, match="cpews.pt was made with other superclasses"):
         trained(folder, tmp_path / "run", "--iterations", "1", "--resume")
