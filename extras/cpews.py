@@ -45,7 +45,7 @@ def parse_args(argv=None):
     add("--predict", None, "split whose masks to write and score, instead of training")
     add("--image", None, "segment this one photo instead", type=Path)
     add("--out", None, "where --image writes its mask", type=Path)
-    add("--train-split", "trainaug", "split to train on", coco="train", toy="train")
+    add("--train-split", "trainaug", "split to train on", **run.NO_SBD)
     add("--val-split", "val", "split that scores the network at every save; none: no score")
     add("--val-images", 100, "that score is over the first so many images")
     add("--backbone", "vit_base_patch16_224.orig_in21k_ft_in1k", "any plain ViT of timm (or "
@@ -95,10 +95,10 @@ def parse_args(argv=None):
 def checked(flags, argv):
     """The arguments, where they go together."""
     args = flags.parse(argv, needed=("run",))
-    if args.rescale[0] > args.rescale[1] or args.cam_low > args.cam_high:
-        flags.error("--rescale: the smaller number comes first; --cam-low is below --cam-high")
-    if not (args.image or args.data):
-        flags.error("--data is needed")
+    if args.rescale[0] > args.rescale[1]:
+        flags.error("--rescale: the smaller number comes first")
+    if not args.data and not args.image or args.image and args.predict:
+        flags.error("--data is needed, or --image instead of --predict")
     if args.image and (not args.out or args.out.suffix != ".png"
                        or args.out.resolve() == args.image.resolve()):
         flags.error("--image needs --out NAME.png that is not the photo's own")
@@ -133,6 +133,14 @@ class Crops(Images):
         return image, mask != IGNORE, self.labels[index]
 
 
+def check(folder, ids, args):
+    """End, before anything is done, where an image label is missing or the thresholds cross."""
+    for image_id in ids:
+        folder.image_labels(image_id)
+    if args.cam_low > args.cam_high:
+        raise DataError("--cam-low is to lie below --cam-high, which cpews.pt may have set")
+
+
 def photo(image, device):
     """(H, W, 3) uint8, as decoded -> (1, 3, H, W) in [0, 1]."""
     return torch.from_numpy(image).to(device).permute(2, 0, 1)[None] / 255
@@ -147,7 +155,7 @@ def image_regions(model, folder, ids, args, device):
         layers = model.layers(photo(image, device), args.cam_scales)
         raw, z = model.maps(*layers)[head], model.scores(*layers)[head]
         f, regions = region_features(raw, layers[0], args.mask_threshold, floor=1e-5)
-        exists = regions.any(dim=3).any(dim=2)
+        exists = regions.any(dim=(2, 3))
         yield f[0].cpu(), exists[0].cpu(), z[0].cpu(), folder.image_labels(image_id)[1:]
 
 
@@ -194,7 +202,7 @@ def batch_losses(model, encode, batch, pools, args, t):
     if pools:
         raw, _ = model.maps(features, aux)
         f, regions = region_features(raw, features, args.mask_threshold)      # E9
-        distances = prototype_distances(f, regions.any(dim=3).any(dim=2) & (y > 0), pools)
+        distances = prototype_distances(f, regions.any(dim=(2, 3)) & (y > 0), pools)
         scores = false_scores(raw, features, regions, y, pools)
         losses["pdl"] = args.pdl_weight * pdl_loss(distances, args.temperature)     # E11
         losses["ssl"] = args.ssl_weight * ssl_loss(scores)                    # E12
@@ -211,8 +219,7 @@ def batch_losses(model, encode, batch, pools, args, t):
 
 def summary(history):
     """{name: number} of a round's {name: tensors}: of distances the median, else the mean."""
-    whole = {name: torch.cat([part.reshape(-1, *part.shape[1:]) for part in parts]).cpu()
-             for name, parts in history.items()}
+    whole = {name: torch.cat(torch.atleast_1d(parts)).cpu() for name, parts in history.items()}
     z, y = (F.pad(whole.pop(name), (1, 0)) for name in "zy")
     return dict(train_map=train_cls.mean_average_precision(z, y), **{
         name: (values.median() if name in ("near", "far") else values.mean()).item()
@@ -227,6 +234,7 @@ def train(args, device):
     val_ids = [] if args.val_split == "none" else folder.ids(args.val_split)[:args.val_images]
     if len(folder.classes) == 1:
         raise DataError(f"{args.data}/classes.txt names no class but background: nothing to learn")
+    check(folder, [i for i in val_ids if folder.mask_path(i).is_file()], args)
 
     # --- model ---
     facts = dict(classes=folder.classes, ids=ids, labels=folder.fingerprint(), superclasses=groups)
@@ -271,9 +279,9 @@ def train(args, device):
                 history[name].append(value.detach())
 
         # --- score, log, save ---
-        losses = torch.stack(history.pop("loss"))
-        loss = run.mean_loss(losses.sum(), len(losses), 1, model, f"before step {last}", path)
-        speed = len(losses) * args.batch_size / (time.time() - began)
+        totals = torch.stack(history.pop("loss"))
+        loss = run.mean_loss(totals.sum(), len(totals), 1, model, f"before step {last}", path)
+        speed = len(totals) * args.batch_size / (time.time() - began)
         scores = validate(model, folder, val_ids, args, device)
         run.log(args.run, "cpews", step=last, of=total, loss=loss, **summary(history), **scores,
                 images_s=speed)
@@ -330,30 +338,32 @@ def write_masks(args, device):
     """Write and score RUN/cam, RUN/pseudo and RUN/pred of a split."""
     model, checkpoint, constants = load(args, device)
     folder = Folder(args.data, checkpoint)
-    ids, made = folder.ids(args.predict), dict(
+    ids = todo = folder.ids(args.predict)
+    check(folder, ids, args)
+    made = dict(
         cpews=run.digest(args.run / "cpews.pt"), data=str(args.data.resolve()), seed=args.seed,
         labels=folder.fingerprint(), image_labels_used=True, crf=False,
         **{name: getattr(args, name) for name in MASK_FLAGS})
-    decoder = dict(image_labels_used=False, crf=constants is not None,
-                   constants=constants and constants | dict(backend=None))  # who computes is free
-    outputs = dict(cam=made, pseudo=made, pred=made | decoder)
-    outputs, todo = {args.run / name: outputs[name] for name in outputs}, ids
+    outputs = {args.run / "cam": made, args.run / "pseudo": made, args.run / "pred": made | dict(
+        image_labels_used=False, crf=constants is not None,
+        constants=constants and constants | dict(backend=None))}  # who computes is free
+    changed = {out: made for out, made in outputs.items() if run.read_settings(out) != made}
     if not args.overwrite:
         for out, settings in outputs.items():
             run.check_masks(out, settings)
         todo = [i for i in ids if not evaluate.is_whole(*(out / f"{i}.png" for out in outputs))]
     results = run.in_workers(finished, predicted(model, folder, todo, args, device, constants),
                              0 if device.type == "cuda" else args.workers)
-    results = run.progress(run.claimed(results, outputs, args.overwrite), args.predict, len(todo))
+    results = run.progress(run.claimed(results, changed, args.overwrite), args.predict, len(todo))
     for masks, image_id in zip(results, todo):
         for out, mask in zip(outputs, masks):
             data.save_mask(out / f"{image_id}.png", mask)
     for out, settings in outputs.items():
         confusion, scored = evaluate.score_masks(folder, ids, out, args.workers)
         if scored:
-            facts = {name: settings[name] for name in ("image_labels_used", "crf")}
             run.log(args.run, "cpews", masks=out.name, split=args.predict, num_images=scored,
-                    miou=evaluate.miou(confusion), **facts)
+                    miou=evaluate.miou(confusion), crf=settings["crf"],
+                    image_labels_used=settings["image_labels_used"])
 
 
 def main(args):

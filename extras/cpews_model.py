@@ -263,12 +263,12 @@ def pixel_labels(cam, images, image_labels, inside, high, low, dilations):
     """
     present, size = F.pad(image_labels, (1, 0), value=1), cam.shape[2:]    # (B, C), background is
     most = int(present.sum(dim=1).max())
-    classes = present.argsort(dim=1, descending=True, stable=True)[:, :most, None, None]
-    absent = torch.take_along_dim(present[..., None, None], classes, dim=1) == 0
+    here, classes = (part[:, :most, None, None]
+                     for part in present.sort(dim=1, descending=True, stable=True))
     half, runs = [max(1, side // 2) for side in size], []
     for beta in (high, low):  # each image has only its own classes' maps refined
         maps = torch.take_along_dim(F.pad(cam, (0, 0, 0, 0, 1, 0), value=beta), classes, dim=1)
-        runs.append(resized(maps, half).masked_fill(absent, -torch.inf).softmax(dim=1))
+        runs.append(resized(maps, half).masked_fill(here == 0, -torch.inf).softmax(dim=1))
     refined = resized(refine(resized(images, half), torch.cat(runs, dim=1), dilations), size)  # E13
     sure, maybe = (torch.take_along_dim(classes, maps.argmax(dim=1, keepdim=True), dim=1)[:, 0]
                    for maps in refined.chunk(2, dim=1))
