@@ -134,7 +134,9 @@ class Crops(Images):
 
 
 def check(folder, ids, args):
-    """End, before anything is done, where an image label is missing or the thresholds cross."""
+    """End, before anything is done, where a class or label is missing or the thresholds cross."""
+    if len(folder.classes) == 1:
+        raise DataError(f"{args.data}/classes.txt names no class but background: nothing to learn")
     for image_id in ids:
         folder.image_labels(image_id)
     if args.cam_low > args.cam_high:
@@ -232,8 +234,6 @@ def train(args, device):
     folder = Folder(args.data)
     ids, groups = folder.ids(args.train_split), superclasses(folder) if args.superclasses else None
     val_ids = [] if args.val_split == "none" else folder.ids(args.val_split)[:args.val_images]
-    if len(folder.classes) == 1:
-        raise DataError(f"{args.data}/classes.txt names no class but background: nothing to learn")
     check(folder, [i for i in val_ids if folder.mask_path(i).is_file()], args)
 
     # --- model ---
