@@ -47,8 +47,10 @@ STUDIES = {
                ("+ ISM", "-", "cpews --pdl-weight 0 --ssl-weight 0", ""),
                ("+ PDL", "-", "cpews --ssl-weight 0", ""), ("+ SSL", "-", "cpews", ""),
                ("+ SSL at 0.05, U = N", "-", "cpews --ssl-weight 0.05 --no-superclasses", "")],
-    "cpews5": [(f"block {a}", "-", f"cpews --aux-block {a}", "") for a in (2, 3, 4)],
-    "cpews5-voc": [(f"block {a}", "-", f"cpews --aux-block {a}", "") for a in (8, 10, 12)],
+    "cpews5": [(f"block {a}", "-", "cpews" + f" --aux-block {a}" * (a != 3), "")
+               for a in (2, 3, 4)],
+    "cpews5-voc": [(f"block {a}", "-", "cpews" + f" --aux-block {a}" * (a != 10), "")
+                   for a in (8, 10, 12)],
 }
 METHODS = {  # training, its checkpoint, what makes masks of a split, {column: folder of masks}
     "cls": ("train_cls.py", "cls.pt", "make_pseudo.py --split", {"BPM": "bpm", "CRF": "pseudo"}),
