@@ -823,6 +823,15 @@ def test_what_cannot_be_is_told_in_one_line(small, tmp_path, flags, words):
         in_process(cpews, "--data", small, "--run", tmp_path / "run", *short, *flags)
 
 
+def test_a_missing_image_label_of_val_is_told_before_training(small, tmp_path, monkeypatch):
+    folder = shutil.copytree(small, tmp_path / "data")
+    image_id = Folder(folder).ids("val")[0]
+    edit(folder / "image_labels.txt", lambda text: text.replace(f"{image_id} ", "nobody "))
+    monkeypatch.setattr(cpews, "batch_losses", None)  # no step is made
+    with pytest.raises(DataError, match=image_id):
+        trained(folder, tmp_path / "run")
+
+
 def test_several_processes_are_refused(small, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DataError, match="one process: call it without torchrun"):
