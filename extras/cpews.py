@@ -347,7 +347,7 @@ def write_masks(args, device):
     outputs = {args.run / "cam": made, args.run / "pseudo": made, args.run / "pred": made | dict(
         image_labels_used=False, crf=constants is not None,
         constants=constants and constants | dict(backend=None))}  # who computes is free
-    changed = {out: made for out, made in outputs.items() if run.read_settings(out) != made}
+    changed = {out: its for out, its in outputs.items() if run.read_settings(out) != its}
     if not args.overwrite:
         for out, settings in outputs.items():
             run.check_masks(out, settings)
