@@ -25,7 +25,7 @@ from data import (IGNORE, Folder, Images, decode, loader, read_image, read_mask,
 from model import load_model, slide, upsample
 from support.crf import add_crf_flags, crf_settings, dense_crf
 from support.pictures import PICTURE, draw, draw_overlay
-from support.run import (DataError, atomic, check_masks, claimed, digest, in_workers,
+from support.run import (DataError, atomic, check_finite, check_masks, claimed, digest, in_workers,
                          join_processes, launch, open_run, progress, read_settings, read_text,
                          stage_flags, write_lines)
 
@@ -159,8 +159,7 @@ def predict_logits(model, image, device, amp, window=None, stride=None, bar=iter
     def _probabilities(images):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(images.to(device) / 255)[-1]
-        if not logits.isfinite().all():
-            raise DataError(f"{type(model).__name__} gives numbers that are not finite: lower --lr")
+        check_finite(logits, model)
         return logits.permute(0, 2, 3, 1).softmax(dim=-1)
 
     model.eval()

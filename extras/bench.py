@@ -242,7 +242,11 @@ def bench_cpews(args):
     whole = bench_step(args, "CPEWS step", net.encode, images, _loss,
                        torch.optim.AdamW(net.parameters(), fused=True))
     features, aux = (layer.detach().requires_grad_() for layer in net.encode(images))
-    raw, cams = net.maps(features, aux)[0], net.cams(images, y, recipe.cam_scales)
+    @torch.no_grad()
+    def _cams():
+        encodings = net.encodings(images, recipe.cam_scales).values()
+        return net.cams(encodings, y, images.shape[2:])
+    raw, cams = net.maps(features, aux)[0], _cams()
     thresholds = recipe.cam_high, recipe.cam_low
     def _labels():
         return cpews_model.pixel_labels(cams[0], images, y, batch[1], *thresholds,
@@ -253,7 +257,7 @@ def bench_cpews(args):
         cpews_model.false_scores(raw, features, regions, y, pools)
     targets = _labels()
     parts = {"F and A, backward, too": lambda: sum(map(torch.sum, net.encode(images))).backward(),
-             "maps, E6": lambda: net.cams(images, y, recipe.cam_scales),
+             "maps, E6": _cams,
              "ISM, E7, E8": lambda: cpews_model.ism_loss(features, cpews_model.token_labels(
                  cams[1], batch[1], aux.shape[2:], *thresholds)).backward(),
              "prototypes, E9, E11, E12": _prototypes,

@@ -196,7 +196,9 @@ def batch_losses(model, encode, batch, pools, args, t):
         (args.ism_weight, args.ism_from), (args.seg_weight, args.seg_from)))
     if ism or decoder:
         model.eval()  # labels come from the network as it predicts
-        cam, aux_cam = model.cams(images, y, args.cam_scales)                 # E6
+        with torch.no_grad():
+            encodings = model.encodings(images, args.cam_scales).values()
+            cam, aux_cam = model.cams(encodings, y, images.shape[2:])         # E6
         model.train()
     if ism:
         labels = token_labels(aux_cam, inside, aux.shape[2:], args.cam_high, args.cam_low)  # E7
@@ -303,15 +305,18 @@ def load(args, device):
 @torch.no_grad()
 def predicted(model, folder, ids, args, device, constants):
     """Run the network over the images; yields the arguments of finished."""
+    model.eval()
     images = loader(Images(folder, ids), args, device, batch_size=None, collate_fn=tuple)
     for image_id, image, _ in images:
-        logits = evaluate.predict_logits(model, image, device, args.amp)
         whole, y = photo(image, device), folder.image_labels(image_id)[None, 1:].to(device)
-        cam, aux_cam = model.cams(whole, y, args.cam_scales)
+        encoded = model.encodings(whole, {*args.cam_scales, *args.scales})
+        cam, aux_cam = model.cams([encoded[s] for s in args.cam_scales], y, whole.shape[2:])
+        logits = model.decoded([encoded[s] for s in args.scales], whole.shape[2:])[0]
+        run.check_finite(logits, model)
         pseudo = pixel_labels(cam, whole, y, whole[:, 0] >= 0, args.cam_high, args.cam_low,
                               args.par_dilations)
         cams = F.pad(torch.cat([cam, aux_cam]), (0, 0, 0, 0, 1, 0), value=args.cam_threshold)
-        masks = torch.cat([cams.argmax(dim=1), pseudo]).byte().cpu().numpy()
+        masks = torch.cat([cams.max(dim=1).indices, pseudo]).byte().cpu().numpy()
         yield masks, logits if device.type == "cuda" else logits.cpu().numpy(), image, constants
 
 
@@ -325,7 +330,7 @@ def validate(model, folder, ids, args, device):
     """{"val_cam": mIoU, ...} of the masks of those ids that have a ground truth, if any has."""
     C, ids = len(folder.classes), [i for i in ids if folder.mask_path(i).is_file()]
     confusions = {name: np.zeros((C, C + 1), np.int64) for name in ("cam", "pseudo", "pred", "aux")}
-    for image_id, job in zip(ids, predicted(model.eval(), folder, ids, args, device, None)):
+    for image_id, job in zip(ids, predicted(model, folder, ids, args, device, None)):
         truth = data.read_mask(folder.mask_path(image_id), C, job[2].shape[1::-1])
         for confusion, mask in zip(confusions.values(), finished(*job)):
             confusion += evaluate.confusion_matrix(mask, truth, C)

@@ -88,34 +88,39 @@ class CPEWS(Network):
         heads = self.classifier.weight, self.aux_classifier.weight
         return [torch.einsum("od,bdhw->bohw", *pair) for pair in zip(heads, (features, aux))]
 
-    def both_ways(self, images, scale):
-        """encode of images at a scale, sides rounded to patches, and of the same flipped (2B)."""
-        size = [max(1, round(side * scale / self.patch)) * self.patch for side in images.shape[2:]]
-        images = resized(images, size)
-        return self.encode(torch.cat([images, images.flip(-1)]))
+    def encodings(self, images, scales):
+        """{scale: encode of images, sides rounded to patches, and of the same flipped (2B)}."""
+        outputs = {}
+        for scale in scales:
+            sides = [max(1, round(side * scale / self.patch)) for side in images.shape[2:]]
+            scaled = resized(images, [side * self.patch for side in sides])
+            outputs[scale] = self.encode(torch.cat([scaled, scaled.flip(-1)]))
+        return outputs
 
     def layers(self, images, scales):
         """F and A (B, D, h, w), their mean over scales and flips, on the grid of scale 1."""
         grid = [max(1, round(side / self.patch)) for side in images.shape[2:]]
-        outputs = zip(*(self.both_ways(images, scale) for scale in scales))
+        outputs = zip(*self.encodings(images, scales).values())
         return [torch.cat([unflipped(maps, grid) for maps in each]).mean(dim=0) for each in outputs]
 
-    @torch.no_grad()
-    def cams(self, images, image_labels, scales):
-        """E6: cam and cam' (B, O, H, W) in [0, 1] of images (B, 3, H, W) with labels (B, O)."""
+    def cams(self, encodings, image_labels, size):
+        """E6: cam and cam' (B, O, *size) in [0, 1] of images with labels (B, O), each encoded."""
         total = 0
-        for scale in scales:
-            raw = torch.cat(self.maps(*self.both_ways(images, scale)), dim=1)
-            total += unflipped(raw, images.shape[2:]).amax(dim=0).relu()
+        for layers in encodings:
+            raw = torch.cat(self.maps(*layers), dim=1)
+            total += unflipped(raw, size).amax(dim=0).relu()
         total = total - total.amin(dim=(2, 3), keepdim=True)
         cams = total / (total.amax(dim=(2, 3), keepdim=True) + 1e-5)
         return [cam * image_labels[..., None, None] for cam in cams.chunk(2, dim=1)]
 
+    def decoded(self, encodings, size):
+        """Logits (B, C, *size): image and flipped image summed, the maximum over scales."""
+        logits = (unflipped(self.segment(features), size) for features, _ in encodings)
+        return torch.stack([both.sum(dim=0) for both in logits]).amax(dim=0)
+
     def forward(self, images):
-        """[logits (B, C, H, W)]: image and flipped image summed, the maximum over scales."""
-        logits = (self.segment(self.both_ways(images, scale)[0]) for scale in self.scales)
-        return [torch.stack([unflipped(each, images.shape[2:]).sum(dim=0) for each in logits]
-                            ).amax(dim=0)]
+        """[logits (B, C, H, W)] of images in [0, 1], at the model's scales."""
+        return [self.decoded(self.encodings(images, self.scales).values(), images.shape[2:])]
 
 
 # --- ISM: the intermediate layer tells which final tokens belong together ----------------------
@@ -270,8 +275,9 @@ def pixel_labels(cam, images, image_labels, inside, high, low, dilations):
         maps = torch.take_along_dim(F.pad(cam, (0, 0, 0, 0, 1, 0), value=beta), classes, dim=1)
         runs.append(resized(maps, half).masked_fill(here == 0, -torch.inf).softmax(dim=1))
     refined = resized(refine(resized(images, half), torch.cat(runs, dim=1), dilations), size)  # E13
-    sure, maybe = (torch.take_along_dim(classes, maps.argmax(dim=1, keepdim=True), dim=1)[:, 0]
-                   for maps in refined.chunk(2, dim=1))
+    sure, maybe = (  # max's indices: on a CPU argmax over the classes is several times slower
+        torch.take_along_dim(classes, maps.max(dim=1, keepdim=True).indices, dim=1)[:, 0]
+        for maps in refined.chunk(2, dim=1))
     labels = torch.where(sure > 0, sure, torch.where(maybe > 0, IGNORE, 0))
     return labels.masked_fill(~inside, IGNORE)
 

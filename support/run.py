@@ -268,6 +268,12 @@ def restore(path, checkpoint, **parts):
         raise DataError(f"{path} does not fit ({str(error).splitlines()[0][:80]}): train anew")
 
 
+def check_finite(logits, model):
+    """End where a network gives numbers that are not finite."""
+    if not logits.isfinite().all():
+        raise DataError(f"{type(model).__name__} gives numbers that are not finite: lower --lr")
+
+
 def mean_loss(total, steps, world, model, where, path):
     """The mean over steps and ranks of the losses summed in total; ends where it is not finite."""
     if world > 1:

@@ -128,10 +128,14 @@ def test_features_are_timms_and_those_of_the_last_block_are_normed():
         assert torch.equal(last.encode(images)[1], features)
 
 
+def cams(model, images, y, scales):
+    return model.cams(model.encodings(images, scales).values(), y, images.shape[2:])
+
+
 def test_an_auxiliary_head_that_is_the_main_one_has_its_maps():
     model, images, y = network(aux_block=4), torch.rand(2, 3, 48, 48), torch.ones(2, 8)
     model.aux_classifier.weight = model.classifier.weight
-    cam, aux_cam = model.cams(images, y, [1.0, 0.5])
+    cam, aux_cam = cams(model, images, y, [1.0, 0.5])
     assert torch.equal(cam, aux_cam) and 0 <= cam.min() and 0.99 < cam.amax() <= 1
     z, aux_z = model.scores(*model.encode(images))
     assert torch.equal(z, aux_z)
@@ -151,13 +155,13 @@ def test_cam_by_hand():
     image = torch.zeros(1, 3, 2, 2)
     image[0, 0], y = torch.tensor([[-1.0, 0], [1, 3]]), torch.tensor([[1.0, 0]])
     model = pixel_network([[1, 0, 0], [1, 0, 0]])
-    cam, aux_cam = model.cams(image, y, [1.0])
+    cam, aux_cam = cams(model, image, y, [1.0])
     assert torch.allclose(cam[0, 0], torch.tensor([[0, 0], [1 / 3, 1]]), atol=1e-5)
     assert not cam[0, 1].any() and aux_cam[0, 0, 0, 0].item() == approx(1, 1e-4)  # absent; -map
-    cam, _ = model.cams(-image.abs(), y, [1.0])
+    cam, _ = cams(model, -image.abs(), y, [1.0])
     assert torch.equal(cam, torch.zeros(1, 2, 2, 2))  # no NaN
     image[0, 0] = torch.tensor([[1.0, 2], [2, 3]])
-    cam, _ = model.cams(image, y, [1.0])
+    cam, _ = cams(model, image, y, [1.0])
     assert torch.allclose(cam[0, 0], torch.tensor([[0, 0.5], [0.5, 1]]), atol=1e-5)
 
 
@@ -167,12 +171,12 @@ def test_cams_turn_the_flipped_run_back_and_sum_over_scales():
     left[0, 0, :, :2] = 1  # an encoder that sees only the left half: the flip finds the right one
     model.encode = lambda images: (images * (torch.arange(images.shape[-1]) < 4), images)
     both = torch.maximum(left, left.flip(-1))
-    cam, _ = model.cams(both, y, [1.0])
+    cam, _ = cams(model, both, y, [1.0])
     assert torch.allclose(cam[0, 0], both[0, 0], atol=1e-4)
     model = pixel_network([[1, 0, 0]])
     half = F.interpolate(left, (2, 4), mode="bilinear", align_corners=False)
     expected = left + F.interpolate(half, (4, 8), mode="bilinear", align_corners=False)
-    cam, _ = model.cams(left, y, [1.0, 0.5])
+    cam, _ = cams(model, left, y, [1.0, 0.5])
     assert torch.allclose(cam[0, 0], expected[0, 0] / expected.max(), atol=1e-4)
 
 
@@ -662,7 +666,7 @@ def test_the_masks_are_those_of_the_equations(finished, small, tmp_path):
     image = np.array(data.read_image(folder.image_path(image_id)))
     x, y = torch.tensor(image).permute(2, 0, 1)[None] / 255, folder.image_labels(image_id)[None, 1:]
     with torch.no_grad():
-        cam, _ = model.cams(x, y, [1.0])
+        cam, _ = cams(model, x, y, [1.0])
         best = model(x)[0][0].argmax(0)
     args = checkpoint["args"]
     expected = torch.where(cam[0].amax(0) > args["cam_threshold"], cam[0].argmax(0) + 1, 0)
