@@ -246,15 +246,17 @@ def bench_cpews(args):
     def _cams():
         encodings = net.encodings(images, recipe.cam_scales).values()
         return net.cams(encodings, y, images.shape[2:])
-    raw, cams = net.maps(features, aux)[0], _cams()
-    thresholds = recipe.cam_high, recipe.cam_low
+    cams, thresholds = _cams(), (recipe.cam_high, recipe.cam_low)
     def _labels():
         return cpews_model.pixel_labels(cams[0], images, y, batch[1], *thresholds,
                                         recipe.par_dilations)
     def _prototypes():
+        raw, _ = net.maps(features, aux)
         f, regions = cpews_model.region_features(raw, features, recipe.mask_threshold)
-        cpews_model.prototype_distances(f, y > 0, pools)
-        cpews_model.false_scores(raw, features, regions, y, pools)
+        distances = cpews_model.prototype_distances(f, y > 0, pools)
+        scores = cpews_model.false_scores(raw, features, regions, y, pools)
+        (cpews_model.pdl_loss(distances, recipe.temperature)
+         + cpews_model.ssl_loss(scores)).backward()
     targets = _labels()
     parts = {"F and A, backward, too": lambda: sum(map(torch.sum, net.encode(images))).backward(),
              "maps, E6": _cams,
