@@ -24,12 +24,12 @@ def parse_args(argv=None):
     add = flags.add
     add("--train-split", "trainaug", "split to train on", **NO_SBD)
     add("--val-split", "val", "split whose image labels score each epoch; none: no score")
-    add("--size", 384, "images are resized to SIZE x SIZE", toy=96, voc_small=224, low=1)
+    add("--size", 384, "resize images to SIZE x SIZE", toy=96, voc_small=224, photo=128, low=1)
     add("--augment", ["flip", "jitter"], "vflip and transpose are ViT-PCM's", toy=["flip"],
         nargs="*", choices=AUGMENT)
     add("--backbone", "vit_base_patch16_384.augreg_in21k_ft_in1k",
         "any plain ViT of timm (or vit_toy); its patch tokens are P in Eq. (1)", toy="vit_toy",
-        voc_small="vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+        voc_small="vit_tiny_patch16_224.augreg_in21k_ft_in1k", photo="vit_small_photo")
     add("--class-tokens", "soft", "t(i) in Eq. (2). soft: each patch's own mixture of the tokens; "
         "all: every token for every patch, which is a bias; append: tokens join the BiLSTM's "
         "lines; none: Table 4", choices=("soft", "all", "append", "none"))
@@ -40,8 +40,9 @@ def parse_args(argv=None):
     add("--dropout", 0.2, "before the BiLSTM and before the classifier", toy=0.0, high=0.99)
     add("--pool", "topk", "Eq. (8), Table 5", choices=("topk", "max", "avg"))
     add("--top-k", 6, "K in Eq. (8): 1 is max pooling, all patches is average pooling", toy=12,
+        photo=96, low=1)
+    add("--epochs", 50, "passes over the training images", toy=6, voc_small=12, photo=6,
         low=1)
-    add("--epochs", 50, "passes over the training images", toy=6, voc_small=12, low=1)
     add("--batch-size", 16, "images of one step, over all ranks together", low=1)
     add("--frozen-epochs", 2, "first epochs, in which the backbone does not learn", toy=0)
     add("--train-blocks", 5, "last blocks that learn after that; as many as there are: all", toy=4)

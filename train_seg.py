@@ -37,7 +37,7 @@ def parse_args(argv=None):
         nargs=2, low=0.01, high=100)
     add("--crop", 321, "side of the random crop in pixels", toy=96, voc_small=161, low=1)
     add("--backbone", "resnet101.tv_in1k", "a CNN of timm that can keep stride 8", toy="resnet_toy",
-        voc_small="resnet18.tv_in1k")
+        voc_small="resnet18.tv_in1k", photo="resnet_small_photo")
     add("--scales", [1.0, 0.75, 0.5], "input scales that the loss and the maximum are over; the "
         "first is the reference", toy=[1.0], voc_small=[1.0], nargs="+", low=0.01, high=100)
     add("--rates", [6, 12, 18, 24], "dilations of ASPP", toy=[1, 2, 3, 4], nargs="+", low=1)

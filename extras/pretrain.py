@@ -2,13 +2,12 @@
 
 Run:    python extras/pretrain.py --data data/tiny_imagenet --run runs/vit
 Reads:  DATA/train/CLASS/ and DATA/val/CLASS/, folders of images (torchvision's ImageFolder)
-Writes: RUN/pretrain.pt after every epoch, RUN/log.jsonl, and RUN/weights.pth: the backbone without
-        its classifier, which --weights of train_cls.py and of train_seg.py takes
+Writes: RUN/pretrain.pt after every epoch, RUN/log.jsonl, and RUN/weights.pth: the backbone, which
+        --weights of train_cls.py and of train_seg.py takes
 """
 import math
 import sys
 import time
-from copy import deepcopy
 from pathlib import Path
 
 import timm
@@ -74,7 +73,7 @@ def main(args):
     device, rank, world = run.join_processes(args.device)
     S, batch = args.size, args.batch_size
     train = Classes(args.data / "train", args.seed, v2.RandomResizedCrop(S, (args.crop, 1)),
-                    v2.RandomHorizontalFlip(), v2.TrivialAugmentWide())
+                    v2.RandomHorizontalFlip())
     val = Classes(args.data / "val", args.seed, v2.Resize(S), v2.CenterCrop(S))
     facts, a_pass = dict(classes=train.classes, images=len(train)), len(train) // batch
     if train.classes != val.classes:
@@ -116,10 +115,8 @@ def main(args):
             speed = a_pass * batch / (time.time() - began)
             run.log(args.run, "pretrain", epoch=epoch + 1, of=args.epochs, loss=loss,
                     **validate(model, val, args, device), images_s=speed)
-            plain = deepcopy(backbone)
-            plain.reset_classifier(0)
             with run.atomic(args.run / "weights.pth") as temporary:
-                torch.save(plain.state_dict(), temporary)
+                torch.save(backbone.state_dict(), temporary)
             run.save_checkpoint(path, "pretrain", model, args, **facts, epoch=epoch + 1,
                                 optimizer=optimizer.state_dict())
 

@@ -118,10 +118,16 @@ def vit_toy(pretrained=False, **kwargs):
 
 @register_model
 def vit_small_photo(pretrained=False, **kwargs):
-    """A ViT at 64x64: stem, patch 8, width 192, depth 8, mean of the patches, no class token."""
-    size = dict(img_size=64, embed_dim=192, depth=8, num_heads=3, mlp_ratio=3, class_token=False,
-                global_pool="avg")
-    return _vit("vit_small_photo", pretrained, **_stem(32, 64, 128, 192) | size | kwargs)
+    """A hybrid at 64x64: a ResNet of two stages makes patches of 8, then a ViT of four blocks.
+
+    Width 192, mean of the patches, no class token.
+    """
+    resnet = timm.create_model("resnet18d", features_only=True, out_indices=[2], stem_width=16,
+                               channels=(64, 192, 1, 1))
+    size = dict(img_size=64, patch_size=1, embed_dim=192, depth=4, num_heads=3, mlp_ratio=3,
+                embed_layer=partial(HybridEmbed, backbone=resnet, proj=False),
+                class_token=False, global_pool="avg")
+    return _vit("vit_small_photo", pretrained, **size | kwargs)
 
 
 @register_model

@@ -53,7 +53,8 @@ def launch(main, args):
 
 # --- flags -------------------------------------------------------------------------------------
 
-PRESETS = ("voc", "coco", "toy", "voc-small")
+PRESETS = ("voc", "coco", "toy", "voc-small", "photo")
+LIKE = {"photo": "voc-small"}  # has its values where a flag names none of its own
 NO_SBD = dict(coco="train", toy="train", voc_small="train")  # where trainaug is voc's split
 
 
@@ -82,7 +83,9 @@ class Flags:
         voc-small is voc_small here. A number, or a list of them, lies in [low, high]; a bool makes
         --flag and --no-flag.
         """
-        values = {name: options.pop(name.replace("-", "_"), default) for name in PRESETS}
+        values = {}
+        for name in PRESETS:
+            values[name] = options.pop(name.replace("-", "_"), values.get(LIKE.get(name), default))
         sample = default[0] if isinstance(default, list) else default
         if isinstance(sample, bool):
             options["action"] = argparse.BooleanOptionalAction

@@ -219,7 +219,7 @@ FOLDER = [
                                          encoding="latin-1"), "pseudo",
      f"run/pseudo/settings.json {NO_UTF8}"),
     ("an unknown preset", lambda: text("data/preset.txt", "imagenet"), "cls",
-     "data/preset.txt.*'imagenet'.*voc, coco, toy, voc-small"),
+     "data/preset.txt.*'imagenet'.*voc, coco, toy, voc-small, photo"),
     ("other classes, stage 2", lambda: add_line(CLASSES, "more"), "pseudo",
      OTHER_CLASSES),
     ("other classes, stage 4", lambda: add_line(CLASSES, "more"), "eval",

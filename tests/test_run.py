@@ -101,9 +101,9 @@ def test_help_shows_the_default_of_every_preset(flags, capsys):
 
 
 @pytest.mark.parametrize("stage, words", [
-    (train_cls, "SIZE x SIZE (default 384, toy 96, voc-small 224)"),
-    (make_pseudo, "960 for 384 (default 2.5, toy 1.0)"),
-    (train_seg, "ends there (default 20000, coco 100000, toy 1500, voc-small 1500)"),
+    (train_cls, "SIZE x SIZE (default 384, toy 96, voc-small 224, photo 128)"),
+    (make_pseudo, "960 for 384 (default 2.5, toy 1.0, photo 2.0)"),
+    (train_seg, "ends there (default 20000, coco 100000, toy 1500, voc-small 1500, photo 1500)"),
     (evaluate, "split to predict and score (default val, toy test)")])
 def test_help_of_every_stage_shows_its_presets(stage, words, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -115,7 +115,8 @@ def test_help_of_every_stage_shows_its_presets(stage, words, capsys):
 
 @pytest.mark.parametrize("preset, values", [
     ("voc", ("trainaug", 384, 50, 16, 1e-3, 6)), ("coco", ("train", 384, 50, 16, 1e-3, 6)),
-    ("toy", ("train", 96, 6, 16, 1e-3, 12)), ("voc-small", ("train", 224, 12, 16, 1e-3, 6))])
+    ("toy", ("train", 96, 6, 16, 1e-3, 12)), ("voc-small", ("train", 224, 12, 16, 1e-3, 6)),
+    ("photo", ("train", 128, 6, 16, 1e-3, 96))])
 def test_the_recipe_of_stage_1(tmp_path, preset, values):
     (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
     (tmp_path / "ImageSets/Segmentation/trainaug.txt").touch()
