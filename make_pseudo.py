@@ -29,7 +29,7 @@ def parse_args(argv=None):
     add("--size", None, "the network sees SIZE x SIZE (default: cls.pt's training size times "
         "--size-ratio)", type=number(int, 1, 10**5))
     add("--size-ratio", 2.5, "inference over training size; ViT-PCM: 960 for 384", toy=1.0,
-        photo=2.0, low=0.1, high=100)
+        photo=1.0, low=0.1, high=100)
     add("--batch-size", 8, "images of one forward pass", low=1)
     add("--max-norm", True, "divide each class's map by its own maximum (ViT-PCM)")
     add_crf_flags(add, "auto")
