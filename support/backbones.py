@@ -94,15 +94,6 @@ def _vit(name, pretrained, **kwargs):
                                 pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
-def _stem(*channels):
-    """Three 3x3 convolutions of stride 2 instead of a linear projection of patches of 8 pixels.
-
-    They learn textures faster (Xiao et al. 2021).
-    """
-    stem = ConvStem(depth=4, channels=channels, stride=(2, 2, 2, 1), kernel_size=(3, 3, 3, 1))
-    return dict(patch_size=1, embed_layer=partial(HybridEmbed, backbone=stem, proj=False))
-
-
 @register_model
 def vit_toy_linear(pretrained=False, **kwargs):
     """timm's ViT at 96x96: patch 8, width 128, depth 4."""
@@ -112,8 +103,14 @@ def vit_toy_linear(pretrained=False, **kwargs):
 
 @register_model
 def vit_toy(pretrained=False, **kwargs):
-    """vit_toy_linear with a convolutional stem."""
-    return vit_toy_linear(pretrained, **_stem(32, 64, 128, 128) | kwargs)
+    """vit_toy_linear with 3x3 convolutions of stride 2 instead of its linear projection.
+
+    They learn textures faster (Xiao et al. 2021).
+    """
+    stem = ConvStem(depth=4, channels=(32, 64, 128, 128), stride=(2, 2, 2, 1),
+                    kernel_size=(3, 3, 3, 1))
+    embed = dict(patch_size=1, embed_layer=partial(HybridEmbed, backbone=stem, proj=False))
+    return vit_toy_linear(pretrained, **embed | kwargs)
 
 
 @register_model
