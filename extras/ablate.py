@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from support.run import DataError, launch, number, write_lines  # noqa: E402  no package
 
+K_FLAGS = {1: "--pool max", "N": "--pool avg"}  # so that table5 shares their runs
 # study -> rows: name, the paper's mIoU, flags of train_cls.py, flags of make_pseudo.py; where the
 # first ones begin with "cpews", both are flags of extras/cpews.py
 STUDIES = {
@@ -29,15 +30,20 @@ STUDIES = {
     "modules": [("baseline", "-", "--class-tokens none --context none", ""), ("both", "-", "", "")],
     "table5": [("average pooling", 67.7, "--pool avg", ""), ("max pooling", 68.1, "--pool max", ""),
                ("top-K pooling", 69.5, "", "")],
-    "top-k": [(f"K = {k}", "-", {1: "--pool max", "N": "--pool avg"}.get(k, f"--top-k {k}"), "")
+    "top-k": [(f"K = {k}", "-", K_FLAGS.get(k, f"--top-k {k}"), "")
               for k in (1, 2, 4, 6, 9, 12, 16, 24, 36, "N")],
+    "top-k-photo": [(f"K = {k}", "-", K_FLAGS.get(k, f"--top-k {k}"), "")
+                    for k in (1, 16, 32, 64, 96, 128, 192, "N")],
     "stem": [("convolutional", "-", "", ""), ("linear", "-", "--backbone vit_toy_linear", "")],
     "class-tokens": [(t, "-", f"--class-tokens {t}" * (t != "soft"), "")
                      for t in ("none", "soft", "all", "append")],
     "context": [(c, "-", f"--context {c}" * (c != "hv"), "")
                 for c in ("none", "hv", "raster", "conv", "pool")],
     "max-norm": [("with", "-", "", ""), ("without", "-", "", "--no-max-norm")],
+    "crf": [(c, "-", "", "--crf-sxy {} --crf-srgb {} --crf-compat {}".format(*c.split("/")))
+            for c in ("67/3/4", "121/5/4", "50/5/10", "80/13/10")],
     "size-toy": [(f"{s}x{s}", "-", "", f"--size {s}") for s in (64, 96, 144, 192)],
+    "size-photo": [(f"{s}x{s}", "-", "", f"--size {s}") for s in (64, 96, 128, 192, 256)],
     "size-voc": [(f"{s}x{s}", "-", "", f"--size {s}") for s in (384, 640, 960, 1280)],
     "cpews2": [("decoder", "69.8 val, 71.4 test", "cpews", ""),
                ("decoder, CRF", "72.6 test", "cpews", "--crf")],
@@ -98,10 +104,12 @@ def call(args, run, script, *flags):
 
 
 def columns_of(results, prefix):
-    """{column: %} of one score: the parts that it finds, and background that it calls object."""
-    parts, row = results.get("part_recall", {}), results["confusion"][0]
+    """{column: %} of one score: the parts or objects that it finds, background called object."""
+    (background, *rest), *objects = rows = results["confusion"]
+    whole = sum(row[c] for c, row in enumerate(rows) if c) / max(1, sum(map(sum, objects)))
+    parts = results.get("part_recall") or {"object": whole}
     return {f"{prefix}{part} found": 100 * recall for part, recall in parts.items()} | {
-        f"{prefix}background called object": 100 * (1 - row[0] / sum(row))}
+        f"{prefix}background called object": 100 * sum(rest) / (background + sum(rest))}
 
 
 def run_deeplab(args, run, method, mask_flags, seed):
@@ -151,8 +159,7 @@ def run_variant(args, train_flags, mask_flags, seed):
     if args.full:
         results["deeplab"] = run_deeplab(args, run, method, mask_flags, seed)
         scores["DeepLabv2"] = 100 * results["deeplab"]["miou"]
-        parts = results["deeplab"].get("part_recall", {}).items()
-        scores |= {f"DeepLabv2: {p} found": 100 * r for p, r in parts}
+        scores |= columns_of(results["deeplab"], "DeepLabv2: ")
     write_lines(note, [json.dumps(dict(settings=settings, scores=scores, results=results))])
     print(f"{run}  " + "  ".join(f"{name} {scores[name]:.1f}" for name in columns), flush=True)
     return scores

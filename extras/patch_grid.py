@@ -5,7 +5,8 @@ Run:    python extras/patch_grid.py --data data/toy --split val --sides 12 24 60
 Prints: for each grid the mIoU of the ground truth, reduced to the grid and upsampled again as in
         Eq. (10): once as labels (each patch the class that covers most of it), once as shares (each
         patch the share of every class, what perfect and perfectly calibrated Y would be); with
-        --crf also after the CRF, and the classes that gained and lost most by it
+        --crf also after the CRF, and the classes that gained and lost most by it; with --boxes the
+        floor: what a box in the middle reaches, which knows the image labels and no network
 """
 import sys
 from functools import partial
@@ -20,7 +21,7 @@ from data import IGNORE, Folder, read_image, read_mask  # noqa: E402  the script
 from evaluate import confusion_matrix, iou_per_class, miou  # noqa: E402
 from make_pseudo import pseudo_masks  # noqa: E402
 from support.crf import add_crf_flags, crf_settings  # noqa: E402
-from support.run import DataError, Flags, in_workers, launch, progress  # noqa: E402
+from support.run import DataError, Flags, in_workers, launch, number, progress  # noqa: E402
 
 KINDS = ("labels", "shares")
 
@@ -32,6 +33,8 @@ def parse_args(argv=None):
     flags.add("--split", "val", "split whose ground truth is reduced")
     flags.add("--sides", [12, 24, 60], "patches along each side: 24 is training at 384, 60 "
               "inference at 960", nargs="+", low=1, high=10**4)
+    flags.add("--boxes", None, "shares of width and height that a centred box covers, split from "
+              "left to right among the image's classes", nargs="+", type=number(float, 0, 1))
     flags.add("--workers", 2, "processes", high=1024)
     add_crf_flags(flags.add, "none")
     return flags.parse(argv, needed=["data"])
@@ -62,17 +65,31 @@ def reduced(folder, image_id, sides, crf):
                       for kind in KINDS] for side in sides])
 
 
+def boxed(truth, labels, share):
+    """A mask like truth (H, W) from image labels (C,): see --boxes."""
+    mask, classes = np.zeros_like(truth), labels.nonzero().flatten().tolist()
+    edges = [round(side * (1 - share) / 2) for side in truth.shape]
+    rows, columns = (np.arange(edge, side - edge) for edge, side in zip(edges, truth.shape))
+    for c, strip in zip(classes[1:], np.array_split(columns, max(1, len(classes) - 1))):
+        mask[rows[:, None], strip] = c
+    return mask
+
+
 def main(args):
     folder = Folder(args.data)
     ids = [i for i in folder.ids(args.split) if folder.mask_path(i).is_file()]
     if not ids:
         raise DataError(f"{args.data}/SegmentationClass has no mask of {args.split}")
-    crf, counts = crf_settings(args, torch.device("cpu")), 0
+    crf, counts, C = crf_settings(args, torch.device("cpu")), 0, len(folder.classes)
     one = partial(reduced, folder, sides=args.sides, crf=crf)
     for of_image in progress(in_workers(one, [(i,) for i in ids], args.workers), args.split,
                              len(ids)):
         counts = counts + of_image
     print(f"patch-grid bound on {args.split} of {args.data}, {len(ids):,} images, mIoU %")
+    for share in args.boxes or []:
+        floor = sum(confusion_matrix(boxed(truth, folder.image_labels(i), share), truth, C)
+                    for i, truth in ((i, read_mask(folder.mask_path(i), C)) for i in ids))
+        print(f"a centred box of {share:g} of width and height {100 * miou(floor):5.1f}")
     for side, of_side in zip(args.sides, counts):
         bound = [f"{kind} {100 * miou(plain):5.1f}" for kind, (plain, *_) in zip(KINDS, of_side)]
         print("   ".join([f"{side:3d} x {side:<3d} patches", *bound]))

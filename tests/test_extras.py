@@ -73,6 +73,15 @@ def test_table_by_hand():
     assert ablate.tables(rows, full)[3].endswith("66.0 | 3.0 | +6.0 | -1.4 to +13.4 |")
 
 
+def test_what_masks_find_where_a_data_set_has_no_parts():
+    """Found: 6 of 8 and 1 of 2 pixels of the two classes; of background's 10, 3 are not 0."""
+    confusion = [[7, 2, 0, 1], [1, 6, 0, 1], [0, 1, 1, 0]]
+    assert ablate.columns_of({"confusion": confusion}, "x: ") == pytest.approx(
+        {"x: object found": 70, "x: background called object": 30})
+    with_parts = ablate.columns_of({"confusion": confusion, "part_recall": {"head": 0.5}}, "")
+    assert with_parts == pytest.approx({"head found": 50, "background called object": 30})
+
+
 def test_tables_4_and_5_are_the_papers():
     paper = {row[0]: row[1] for row in ablate.STUDIES["table4"] + ablate.STUDIES["table5"]}
     assert list(paper.values()) == [65.2, 67.1, 67.8, 69.5, 67.7, 68.1, 69.5]
@@ -235,6 +244,25 @@ def test_bound_by_hand(tmp_path, capsys):
     labels = 100 * (12 / 18 + 18 / 24) / 2
     # background in the six columns: 1 1 2/3 1/3 0 0 by labels, 2/3 2/3 4/9 2/9 0 0 by shares
     assert f"labels {labels:5.1f}   shares 100.0" in capsys.readouterr().out
+
+
+def test_a_box_is_split_among_the_classes_of_the_image(tmp_path, capsys):
+    truth = np.zeros((10, 20), np.uint8)
+    truth[2:8, 4:10] = 1
+    truth[2:8, 10:16] = 3
+    labels = torch.tensor([1, 1, 0, 1])
+    assert np.array_equal(patch_grid.boxed(truth, labels, 0.6), truth)
+    assert not patch_grid.boxed(truth, torch.tensor([1, 0, 0, 0]), 0.6).any()
+    folder = tmp_path / "one"
+    data.save_mask(folder / "SegmentationClass/a.png", truth)
+    run.write_lines(folder / "classes.txt", ["background", "a", "b", "c"])
+    run.write_lines(folder / "ImageSets/Segmentation/val.txt", ["a"])
+    run.write_lines(folder / "image_labels.txt", ["a a c"])
+    patch_grid.main(patch_grid.parse_args(["--data", str(folder), "--sides", "2", "--boxes", "0.6",
+                                           "0", "--workers", "0"]))
+    output = capsys.readouterr().out  # without a box: background's 128 of 200 pixels, nothing else
+    assert "box of 0.6 of width and height 100.0" in output
+    assert f"box of 0 of width and height {100 * 128 / 200 / 3:5.1f}" in output
 
 
 def test_the_crf_gives_back_a_border_that_the_grid_moved(tmp_path, capsys):
