@@ -41,11 +41,11 @@ def parse_args(argv=None):
     add("--pool", "topk", "Eq. (8), Table 5", choices=("topk", "max", "avg"))
     add("--top-k", 6, "K in Eq. (8): 1 is max pooling, all patches is average pooling", toy=12,
         photo=96, low=1)
-    add("--epochs", 50, "passes over the training images", toy=6, voc_small=12, photo=6,
-        low=1)
+    add("--epochs", 50, "passes over the training images", toy=6, voc_small=12, photo=3, low=1)
     add("--batch-size", 16, "images of one step, over all ranks together", low=1)
     add("--frozen-epochs", 2, "first epochs, in which the backbone does not learn", toy=0)
-    add("--train-blocks", 5, "last blocks that learn after that; as many as there are: all", toy=4)
+    add("--train-blocks", 5, "last blocks that learn after that; as many as there are: all", toy=4,
+        photo=2)
     add("--schedule", "two-stage", "two-stage: --lr for the first two epochs, --late-lr after; "
         "cosine: a warm-up of one epoch to --lr, then down to --late-lr", toy="cosine",
         choices=("two-stage", "cosine"))
