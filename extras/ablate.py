@@ -33,7 +33,7 @@ STUDIES = {
     "top-k": [(f"K = {k}", "-", K_FLAGS.get(k, f"--top-k {k}"), "")
               for k in (1, 2, 4, 6, 9, 12, 16, 24, 36, "N")],
     "top-k-photo": [(f"K = {k}", "-", K_FLAGS.get(k, f"--top-k {k}"), "")
-                    for k in (1, 16, 32, 64, 96, 128, 192, "N")],
+                    for k in (1, 32, 48, 64, 96, 128, "N")],
     "stem": [("convolutional", "-", "", ""), ("linear", "-", "--backbone vit_toy_linear", "")],
     "class-tokens": [(t, "-", f"--class-tokens {t}" * (t != "soft"), "")
                      for t in ("none", "soft", "all", "append")],
