@@ -679,7 +679,7 @@ print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)"""
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as killed:
         workers = [int(pid) for pid in killed.stdout.readline().split()]
-    deadline = time.time() + 15  # a DataLoader's workers look for their parent every five seconds
+    deadline = time.time() + 60  # a DataLoader's workers look for their parent every five seconds
     while any(map(still_runs, workers)) and time.time() < deadline:
         time.sleep(0.1)
     left = [pid for pid in workers if still_runs(pid)]

@@ -116,7 +116,7 @@ def test_help_of_every_stage_shows_its_presets(stage, words, capsys):
 @pytest.mark.parametrize("preset, values", [
     ("voc", ("trainaug", 384, 50, 16, 1e-3, 6)), ("coco", ("train", 384, 50, 16, 1e-3, 6)),
     ("toy", ("train", 96, 6, 16, 1e-3, 12)), ("voc-small", ("train", 224, 12, 16, 1e-3, 6)),
-    ("photo", ("train", 128, 6, 16, 1e-3, 96))])
+    ("photo", ("train", 128, 3, 16, 1e-3, 96))])
 def test_the_recipe_of_stage_1(tmp_path, preset, values):
     (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
     (tmp_path / "ImageSets/Segmentation/trainaug.txt").touch()
