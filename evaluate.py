@@ -82,13 +82,11 @@ def miou(confusion):
 
 def confusion_of(folder, image_id, directory):
     """The confusion matrix of directory's mask of one image."""
-    C = len(folder.classes)
-    truth = read_mask(folder.mask_path(image_id), C)
-    mask = read_mask(directory / f"{image_id}.png", C)
-    if mask.shape != truth.shape:
+    C, paths = len(folder.classes), (folder.mask_path(image_id), directory / f"{image_id}.png")
+    truth, mask = (read_mask(path, C) for path in paths)
+    if mask.shape != truth.shape:  # one of the two is wrong: say which
         size = read_image(folder.image_path(image_id)).size
-        read_mask(folder.mask_path(image_id), C, size)  # one of the two is wrong
-        read_mask(directory / f"{image_id}.png", C, size)
+        truth, mask = (read_mask(path, C, size) for path in paths)
     return confusion_matrix(mask, truth, C)
 
 
