@@ -145,6 +145,8 @@ class CPFCTE(Network):
                 module.apply(initialise)
         if config.class_tokens in ("soft", "all"):  # starts as the model without class tokens
             nn.init.eye_(self.enhance_proj.weight)
+        if pretrained or weights:  # else chance decides which side of an image is the object:
+            nn.init.zeros_(self.classifier.weight)  # docs/RESULTS.md, Photographs
 
     def forward(self, images):
         """(B, 3, H, W) in [0, 1] -> Y (B, h, w, C) float32: each patch's class probabilities."""

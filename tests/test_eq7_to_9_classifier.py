@@ -41,6 +41,14 @@ def test_forward_is_the_softmax_of_w_c_times_the_fused_tokens():
     np.testing.assert_allclose(result, score / score.sum(), rtol=1e-4)
 
 
+def test_beside_pretrained_weights_every_class_starts_equal(tmp_path):
+    torch.save(tiny().backbone.state_dict(), tmp_path / "vit.pth")
+    images = torch.rand(B, 3, 96, 96)
+    beside = CPFCTE(ClassifierConfig(C, "vit_toy"), weights=tmp_path / "vit.pth")(images)
+    torch.testing.assert_close(beside, torch.full((B, 12, 12, C), 1 / C))
+    assert tiny()(images).std() > 0.01  # from scratch at random
+
+
 def test_every_parameter_of_the_default_model_learns():
     model = tiny()
     nn.init.normal_(model.enhance_proj.weight, std=0.1)
