@@ -55,14 +55,17 @@ def on_grid(mask, side, shares):
     return classes, patches
 
 
-def reduced(folder, image_id, sides, crf):
-    """One image's confusion matrices (sides, 2 kinds, before and after the CRF, C, C + 1)."""
+def reduced(folder, image_id, sides, boxes, crf):
+    """One image's confusion matrices (sides, 2 kinds + boxes, before and after the CRF, C, C + 1).
+    """
     C = len(folder.classes)
     truth = read_mask(folder.mask_path(image_id), C)
     image = truth if crf is None else np.array(read_image(folder.image_path(image_id)))
-    return np.stack([[[confusion_matrix(mask, truth, C) for mask in
-                       pseudo_masks(image, *on_grid(truth, side, kind == "shares"), crf)]
-                      for kind in KINDS] for side in sides])
+    known = [(truth, kind == "shares") for kind in KINDS]
+    known += [(boxed(truth, folder.image_labels(image_id), share), False) for share in boxes]
+    return np.stack([[[confusion_matrix(result, truth, C) for result in
+                       pseudo_masks(image, *on_grid(mask, side, shares), crf)]
+                      for mask, shares in known] for side in sides])
 
 
 def boxed(truth, labels, share):
@@ -80,16 +83,12 @@ def main(args):
     ids = [i for i in folder.ids(args.split) if folder.mask_path(i).is_file()]
     if not ids:
         raise DataError(f"{args.data}/SegmentationClass has no mask of {args.split}")
-    crf, counts, C = crf_settings(args, torch.device("cpu")), 0, len(folder.classes)
-    one = partial(reduced, folder, sides=args.sides, crf=crf)
+    crf, boxes, counts = crf_settings(args, torch.device("cpu")), args.boxes or [], 0
+    one = partial(reduced, folder, sides=args.sides, boxes=boxes, crf=crf)
     for of_image in progress(in_workers(one, [(i,) for i in ids], args.workers), args.split,
                              len(ids)):
         counts = counts + of_image
     print(f"patch-grid bound on {args.split} of {args.data}, {len(ids):,} images, mIoU %")
-    for share in args.boxes or []:
-        floor = sum(confusion_matrix(boxed(truth, folder.image_labels(i), share), truth, C)
-                    for i, truth in ((i, read_mask(folder.mask_path(i), C)) for i in ids))
-        print(f"a centred box of {share:g} of width and height {100 * miou(floor):5.1f}")
     for side, of_side in zip(args.sides, counts):
         bound = [f"{kind} {100 * miou(plain):5.1f}" for kind, (plain, *_) in zip(KINDS, of_side)]
         print("   ".join([f"{side:3d} x {side:<3d} patches", *bound]))
@@ -99,6 +98,9 @@ def main(args):
                 best, worst = (f"{folder.classes[c]} {iou[c]:.1f} to {new[c]:.1f}" for c in
                                (np.nanargmax(new - iou), np.nanargmin(new - iou)))
                 print(f"    {kind} after the CRF {100 * miou(after):5.1f}   {best}   {worst}")
+        for share, (plain, *refined) in zip(boxes, of_side[len(KINDS):]):
+            after = "".join(f"   after the CRF {100 * miou(count):5.1f}" for count in refined)
+            print(f"    a centred box of {share:g} of the sides {100 * miou(plain):5.1f}{after}")
 
 
 if __name__ == "__main__":

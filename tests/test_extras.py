@@ -258,11 +258,11 @@ def test_a_box_is_split_among_the_classes_of_the_image(tmp_path, capsys):
     run.write_lines(folder / "classes.txt", ["background", "a", "b", "c"])
     run.write_lines(folder / "ImageSets/Segmentation/val.txt", ["a"])
     run.write_lines(folder / "image_labels.txt", ["a a c"])
-    patch_grid.main(patch_grid.parse_args(["--data", str(folder), "--sides", "2", "--boxes", "0.6",
+    patch_grid.main(patch_grid.parse_args(["--data", str(folder), "--sides", "10", "--boxes", "0.6",
                                            "0", "--workers", "0"]))
     output = capsys.readouterr().out  # without a box: background's 128 of 200 pixels, nothing else
-    assert "box of 0.6 of width and height 100.0" in output
-    assert f"box of 0 of width and height {100 * 128 / 200 / 3:5.1f}" in output
+    assert "box of 0.6 of the sides 100.0" in output
+    assert f"box of 0 of the sides {100 * 128 / 200 / 3:5.1f}" in output
 
 
 def test_the_crf_gives_back_a_border_that_the_grid_moved(tmp_path, capsys):
@@ -276,11 +276,18 @@ def test_the_crf_gives_back_a_border_that_the_grid_moved(tmp_path, capsys):
         folder / "JPEGImages/a.png")
     run.write_lines(folder / "classes.txt", ["background", "thing"])
     run.write_lines(folder / "ImageSets/Segmentation/val.txt", ["a"])
-    patch_grid.main(patch_grid.parse_args(["--data", str(folder), "--sides", "2", "--workers", "0",
-                                           "--crf", "torch", "--crf-srgb", "10"]))
+    run.write_lines(folder / "image_labels.txt", ["a thing"])
+    flags = ["--data", str(folder), "--workers", "0", "--crf", "torch", "--crf-srgb", "10"]
+    patch_grid.main(patch_grid.parse_args([*flags, "--sides", "2"]))
     lines = capsys.readouterr().out.splitlines()[-2:]
     for kind, line in zip(("labels", "shares"), lines):
         assert f"{kind} after the CRF 100.0" in line and "background" in line and "100.0" in line
+    # the box of 0.7, 12 x 12, has 36 pixels of background; the colours tell those at its rim
+    patch_grid.main(patch_grid.parse_args([*flags, "--sides", "8", "--boxes", "0.7"]))
+    line = capsys.readouterr().out.splitlines()[-1]
+    box = 100 * (108 / (176 + 36) + 44 / (112 + 36)) / 2
+    assert f"a centred box of 0.7 of the sides {box:5.1f}   after the CRF" in line
+    assert float(line.split()[-1]) > box + 1
 
 
 # --- extras/bench.py ---------------------------------------------------------------------------
