@@ -140,6 +140,14 @@ def read_image(path):
     return image.convert("RGB")
 
 
+def is_whole(*paths):
+    """Whether each of an image's masks is there and can be read."""
+    try:
+        return all(decode(path) for path in paths)
+    except DataError:
+        return False
+
+
 def read_mask(path, num_classes, size=None):
     """(H, W) uint8 from a palette or grey PNG; size: the (width, height) that it must have."""
     image = decode(path)

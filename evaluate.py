@@ -12,7 +12,6 @@ Result: mIoU 58.6 (sd 1.0, 5 seeds) on test of the beetles, without CRF, from st
 """
 import json
 import shutil
-import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -20,14 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import (IGNORE, Folder, Images, decode, loader, read_image, read_mask, save_mask,
-                  voc_palette)
+from data import (IGNORE, Folder, Images, decode, is_whole, loader, read_image, read_mask,
+                  save_mask, voc_palette)
 from model import load_model, slide, upsample
 from support.crf import add_crf_flags, crf_settings, dense_crf
 from support.pictures import PICTURE, draw, draw_overlay
-from support.run import (DataError, atomic, check_finite, check_masks, claimed, digest, in_workers,
-                         join_processes, launch, open_run, progress, read_settings, read_text,
-                         stage_flags, write_lines)
+from support.run import (DataError, atomic, check_finite, check_masks, claimed, digest, git_commit,
+                         in_workers, join_processes, launch, open_run, progress, read_settings,
+                         read_text, stage_flags, write_lines)
 
 MAX_CLASSES = 21  # that the CRF is over, at most
 EXPORT = "results/VOC2012/Segmentation/comp6_test_cls"  # where VOC's server looks for ID.png
@@ -109,13 +108,6 @@ def part_recall(folder, ids, directory):
         total += np.bincount(parts.ravel(), minlength=len(total))
         found += np.bincount(parts[mask == truth], minlength=len(total))
     return {name: found[i] / max(total[i], 1) for i, name in enumerate(names, 1)}
-
-
-def git_commit():
-    """The commit of this code, or None outside a git checkout."""
-    words = ["git", "rev-parse", "HEAD"]
-    return shutil.which("git") and subprocess.run(
-        words, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
 
 
 def score(folder, split, directory, about, workers, path=None):
@@ -222,14 +214,6 @@ def predict_split(args, model, checkpoint, device, crf):
     print(f"evaluate  {len(todo):,} of {len(ids):,} images were still to do, "
           f"{time.time() - began:.0f} s, CRF: {crf['backend'] if crf else 'none'}", flush=True)
     return folder, about
-
-
-def is_whole(*paths):
-    """Whether each of an image's masks is there and can be read."""
-    try:
-        return all(decode(path) for path in paths)
-    except DataError:
-        return False
 
 
 def export(args, ids, crf):

@@ -13,8 +13,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from data import Folder, Images, loader, save_mask
-from evaluate import is_whole, miou, score_masks
+from data import Folder, Images, is_whole, loader, save_mask
+from evaluate import miou, score_masks
 from model import load_model, slide, upsample
 from support.crf import add_crf_flags, crf_settings, dense_crf
 from support.run import (NO_SBD, DataError, check_masks, claimed, digest, in_workers,

@@ -356,7 +356,7 @@ def write_masks(args, device):
     if not args.overwrite:
         for out, settings in outputs.items():
             run.check_masks(out, settings)
-        todo = [i for i in ids if not evaluate.is_whole(*(out / f"{i}.png" for out in outputs))]
+        todo = [i for i in ids if not data.is_whole(*(out / f"{i}.png" for out in outputs))]
     results = run.in_workers(finished, predicted(model, folder, todo, args, device, constants),
                              0 if device.type == "cuda" else args.workers)
     results = run.progress(run.claimed(results, changed, args.overwrite), args.predict, len(todo))

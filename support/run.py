@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -182,6 +183,13 @@ def read_text(path):
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{path} is no UTF-8 text: save it as UTF-8")
+
+
+def git_commit():
+    """The commit of this code, or None outside a git checkout."""
+    words = ["git", "rev-parse", "HEAD"]
+    return shutil.which("git") and subprocess.run(
+        words, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
 
 
 def digest(path):
