@@ -14,10 +14,12 @@ import cpews_model
 import data
 import evaluate
 import par
+import train_cls
 import train_seg
 from conftest import in_process
 from cpews_model import CPEWS, CPEWSConfig
 from data import Folder
+from model import load_model
 from support import beetles, coco as coco_maker, run, voc as voc_maker
 from support.run import DataError
 
@@ -554,6 +556,20 @@ def small(tmp_path_factory):
     root = tmp_path_factory.mktemp("cpews") / "small"
     beetles.make_toy(root, (16, 4, 4))
     return root
+
+
+def test_the_photo_preset_trains_the_hybrid_of_cpf_cte(small, tmp_path):
+    """Same backbone in both methods: patches by a ResNet, four blocks, no class token."""
+    in_process(cpews, "--data", small, "--run", tmp_path, "--preset", "photo", "--no-pretrained",
+               "--warm-up", "1", "--iterations", "1", "--ism-from", "0", "--batch-size", "2",
+               "--val-images", "1", "--workers", "0")
+    model, _ = load_model(tmp_path / "cpews.pt", "cpews", CPEWSConfig, CPEWS)
+    stage_1 = train_cls.parse_args([*TOY[:-1], "photo"])
+    assert model.config.backbone == stage_1.backbone and model.config.aux_block == 3
+    features, aux = model.eval().encode(torch.rand(1, 3, stage_1.size, stage_1.size))
+    assert features.shape == aux.shape == (1, 192, 16, 16) and not torch.equal(features, aux)
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert {"ism", "pdl", "ssl", "seg", "val_cam", "val_pred"} <= {*last}
 
 
 def test_a_killed_run_goes_on_to_the_same_weights_and_prototypes(small, tmp_path, monkeypatch):
