@@ -146,7 +146,7 @@ class CPFCTE(Network):
         if config.class_tokens in ("soft", "all"):  # starts as the model without class tokens
             nn.init.eye_(self.enhance_proj.weight)
         if pretrained or weights:  # else chance decides which side of an image is the object:
-            nn.init.zeros_(self.classifier.weight)  # docs/RESULTS.md, Photographs
+            nn.init.zeros_(self.classifier.weight)  # docs/PHOTOGRAPHS.md
 
     def forward(self, images):
         """(B, 3, H, W) in [0, 1] -> Y (B, h, w, C) float32: each patch's class probabilities."""
