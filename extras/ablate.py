@@ -140,7 +140,8 @@ def run_variant(args, train_flags, mask_flags, seed):
     flags = shlex.split(more) + train_flags.removeprefix("cpews").split()
     settings = [str(args.data.resolve()), flags, shlex.split(args.seg_flags)]
     saved = json.loads(note.read_text()) if note.is_file() else {}
-    if saved and saved["settings"] != settings:
+    same = 3 if args.full and "DeepLabv2" in saved.get("scores", ()) else 2  # masks know no stage 3
+    if saved and saved["settings"][:same] != settings[:same]:
         raise DataError(f"{note} is of other data or flags: choose another --out")
     if saved and ("DeepLabv2" in saved["scores"] or not args.full):
         return saved["scores"]

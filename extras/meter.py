@@ -95,7 +95,7 @@ def measure(args, part, setting, stage, flags, group=1):
     try:
         given = call(args, stage, flags, partial(meter, args, seen, group))
     except (DataError, RuntimeError) as error:  # of memory, of a compiler
-        return bench.row(args, part, setting, math.nan, "", f"{error}".splitlines()[0][:90])
+        return bench.row(args, part, setting, math.nan, "", f"{error}".splitlines()[0][:200])
     seconds, rate = seen["seconds"], args.flops / seen["seconds"] / 1e12
     value, unit = (given.batch_size / seconds, "images/s") if stage is train_cls else (
         1000 * seconds, "ms/step" if stage is train_seg else "ms/image")

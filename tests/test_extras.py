@@ -122,7 +122,9 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(toy, tmp_path, calls, ca
 
 def test_full_trains_and_scores_deeplab(toy, tmp_path, calls):
     seg = "--iterations 2 --batch-size 4 --val-images 2"
+    study(toy, tmp_path, "max-norm", "--seeds", "0")  # masks first: they ask for no --seg-flags
     home = study(toy, tmp_path, "max-norm", "--seeds", "0", "--full", "--seg-flags", seg)
+    assert [name for name, _ in calls].count("train_seg.py") == 2
     assert (home / "max-norm-val-full.md").is_file()
     scores = json.loads((home / "default/s0/scores-val.json").read_text())["scores"]
     results = json.loads((home / "default/s0/results.json").read_text())
@@ -131,6 +133,8 @@ def test_full_trains_and_scores_deeplab(toy, tmp_path, calls):
     calls.clear()
     study(toy, tmp_path, "max-norm", "--seeds", "0", "--seg-flags", seg)  # the same runs
     assert not calls
+    with pytest.raises(DataError, match="other data or flags"):
+        study(toy, tmp_path, "max-norm", "--seeds", "0", "--full", "--seg-flags", "--iterations 3")
 
 
 def test_a_study_of_cpews_scores_maps_labels_and_decoder(toy, tmp_path, calls):
@@ -292,7 +296,14 @@ def test_the_crf_gives_back_a_border_that_the_grid_moved(tmp_path, capsys):
 
 # --- extras/bench.py ---------------------------------------------------------------------------
 
-def test_a_quick_benchmark_fills_its_table(capsys):
+def test_the_median_leaves_the_first_call_out(monkeypatch):
+    clock = iter([0, 0.2, 1, 1.001, 2, 2.003, 3, 3.2])  # 200, 1, 3 and 200 ms: 300 are over
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    assert bench.milliseconds(torch.device("cpu"), lambda: None) == pytest.approx(3)
+
+
+def test_a_quick_benchmark_fills_its_table(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "milliseconds", lambda device, function: [function(), 1][1])  # once
     bench.main(bench.parse_args(["--quick"]))
     rows = [[cell.strip() for cell in line.split("|")[1:-1]]
             for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
