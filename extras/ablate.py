@@ -1,8 +1,8 @@
-"""Tables and sweeps of both methods: train and score variants over seeds, one table a study.
+"""Tables and sweeps of both methods: train and score variants over seeds, tables of each study.
 
 Run:    python extras/ablate.py table4 table5 --data data/toy --jobs 2
         python extras/ablate.py cpews3 cpews4 cpews5 --data data/toy --jobs 2
-Writes: OUT/DATA/FLAGS/sSEED/ (a run folder), OUT/DATA/STUDY-SPLIT.md (the table)
+Writes: OUT/DATA/FLAGS/sSEED/ (a run folder), OUT/DATA/STUDY-SPLIT.md: scores and differences
 Studies share the runs of equal flags, and what is done is skipped: a killed job, another seed or a
 new variant (one line of STUDIES) costs only what is missing.
 """
@@ -172,39 +172,56 @@ def cells(values):
             f"{statistics.stdev(values):.1f}" if len(values) > 1 else ""]
 
 
-def table(rows, results, scores, gain=None):
+def gain(mine, others, score):
+    """The mean difference between runs of the same seed; its 95 % interval (Student's t)."""
+    gains = [run[score] - other[score] for run, other in zip(mine, others)]
+    mean, n, half = statistics.mean(gains), len(gains), None
+    if n > 1:
+        half = T95[min(n, 10) - 2] / n ** 0.5 * statistics.stdev(gains)
+    return [f"{mean:+.1f}" if any(gains) else "",
+            f"{mean - half:+.1f} to {mean + half:+.1f}" if half else ""]
+
+
+def markdown(heads, lines):
+    """A table's lines."""
+    rule = "|---" * len(heads) + "|"
+    heads, *lines = (f"| {' | '.join(map(str, line))} |" for line in (heads, *lines))
+    return [heads, rule, *lines]
+
+
+def table(rows, results, scores, gain_in=None):
     """Markdown; results: for each row a list of dictionaries of scores, one a seed.
 
-    gain names the score whose difference to the first row is told, seed by seed, with its 95 %
-    confidence interval (Student's t).
+    gain_in names the score whose gain over the first row is told.
     """
-    n = len(results[0])
     source = "paper (decoder, VOC)" if "pred" in scores else "paper (DeepLabv2, VOC val)"
-    heads = ["variant", *([source, "seeds"] if gain else []),
+    heads = ["variant", *([source, "seeds"] if gain_in else []),
              *sum(([score, "sd"] for score in scores), []),
-             *([f"gain in {gain}", "95 % interval"] if gain else [])]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for (name, paper, *_), of_seeds in zip(rows, results):
-        line = [name, *([paper, n] if gain else [])]
-        line += sum((cells([of_seed[score] for of_seed in of_seeds]) for score in scores), [])
-        if gain:
-            gains = [mine[gain] - first[gain] for mine, first in zip(of_seeds, results[0])]
-            mean, half = statistics.mean(gains), None
-            if n > 1:
-                half = T95[min(n, 10) - 2] / n ** 0.5 * statistics.stdev(gains)
-            line += [f"{mean:+.1f}" if any(gains) else "",
-                     f"{mean - half:+.1f} to {mean + half:+.1f}" if half else ""]
-        lines.append(f"| {' | '.join(map(str, line))} |")
-    return lines
+             *([f"gain in {gain_in}", "95 % interval"] if gain_in else [])]
+    return markdown(heads, [
+        [name, *([paper, len(mine)] if gain_in else []),
+         *sum((cells([of_seed[score] for of_seed in mine]) for score in scores), []),
+         *(gain(mine, results[0], gain_in) if gain_in else [])]
+        for (name, paper, *_), mine in zip(rows, results)])
+
+
+def pairs(rows, results, scores):
+    """Markdown: the gain of each row over each row above it."""
+    heads = ["difference", *sum(([score, "95 % interval"] for score in scores), [])]
+    return markdown(heads, [
+        [f"{rows[i][0]} against {rows[j][0]}",
+         *sum((gain(results[i], results[j], score) for score in scores), [])]
+        for i in range(len(rows)) for j in range(i)])
 
 
 def tables(rows, results):
-    """Two tables: the masks' mIoU with the gain of the last step, and what they find."""
+    """Three tables: the masks' mIoU with the gain of the last step, what they find, all gains."""
     names = [name for name in results[0][0] if all(name in seed for row in results for seed in row)]
     masks = [name for name in ("BPM", "CRF", "cam", "pseudo", "pred", "DeepLabv2") if name in names]
     found = [name for name in names if name not in masks]
-    gain = next(name for name in ("DeepLabv2", "pred", "BPM") if name in masks)
-    return [*table(rows, results, masks, gain), *(["", *table(rows, results, found)] * bool(found))]
+    last = next(name for name in ("DeepLabv2", "pred", "BPM") if name in masks)
+    return [*table(rows, results, masks, last),
+            *(["", *table(rows, results, found)] * bool(found)), "", *pairs(rows, results, names)]
 
 
 def main(args):

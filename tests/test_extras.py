@@ -65,10 +65,21 @@ def test_table_by_hand():
     interval = f"{5 - half:+.1f} to {5 + half:+.1f}"
     assert lines[3] == f"| second | - | 3 | 17.0 | 2.0 | 22.0 | 1.0 | +5.0 | {interval} |"
     assert {line.count("|") for line in lines[:4]} == {10}
-    assert lines[4:] == ["", "| variant | body found | sd |", "|---|---|---|",
-                         "| first | 7.0 | 0.0 |", "| second | 7.0 | 0.0 |"]
+    assert lines[4:9] == ["", "| variant | body found | sd |", "|---|---|---|",
+                          "| first | 7.0 | 0.0 |", "| second | 7.0 | 0.0 |"]
+    # differences 1, 3, 2: mean 2, deviation 1
+    crf = f"{2 - half / 2:+.1f} to {2 + half / 2:+.1f}"
+    assert lines[9:] == [
+        "", "| difference | " + " | 95 % interval | ".join(["BPM", "CRF", "body found", ""])[:-1],
+        "|---|---|---|---|---|---|---|",
+        f"| second against first | +5.0 | {interval} | +2.0 | {crf} |  |  |"]
     one = ablate.tables(rows, [scores[0][:1], scores[1][:1]])
-    assert one[3:] == ["| second | - | 1 | 15.0 |  | 21.0 |  | +5.0 |  |"]
+    assert one[3:5] == ["| second | - | 1 | 15.0 |  | 21.0 |  | +5.0 |  |", ""]
+    assert one[7:] == ["| second against first | +5.0 |  | +1.0 |  |"]
+    third = ablate.pairs([*rows, ("third",)], [*scores, scores[0]], ["BPM"])
+    assert [line.split(" | ")[:2] for line in third[2:]] == [
+        ["| second against first", "+5.0"], ["| third against first", ""],
+        ["| third against second", "-5.0"]]
     full = [[seed | {"DeepLabv2": 3 * seed["CRF"]} for seed in row] for row in scores]
     assert ablate.tables(rows, full)[3].endswith("66.0 | 3.0 | +6.0 | -1.4 to +13.4 |")
 
@@ -101,7 +112,7 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(toy, tmp_path, calls, ca
     home = study(toy, tmp_path, "max-norm", "--seeds", "0")
     assert [script for script, _ in calls].count("train_cls.py") == 2  # the second finds it done
     lines = (home / "max-norm-val.md").read_text().splitlines()
-    assert len(lines) == 9 and lines[2].startswith("| with | - | 1 |")
+    assert len(lines) == 13 and lines[2].startswith("| with | - | 1 |")
     scores = json.loads((home / "default/s0/scores-val.json").read_text())["scores"]
     results = json.loads((home / "default/s0/bpm/results.json").read_text())
     assert scores["BPM"] == pytest.approx(100 * results["miou"])
