@@ -146,7 +146,7 @@ def draw_fig7(args, folder, runs):
 
 def draw_curves(args, runs):
     """Loss and mAP against epochs: the mean over the seeds, and the range as a band."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for name, notes in runs.items():
         logs = [of_stage(run, "train_cls", "epoch") for run, _ in notes]
         epochs = sorted(set.intersection(*map(set, logs)))
@@ -155,6 +155,7 @@ def draw_curves(args, runs):
             axis.plot(epochs, curves.mean(0), label=f"{name} (n = {len(curves)})")
             axis.fill_between(epochs, curves.min(0), curves.max(0), alpha=0.2)
             axis.set_xlabel("epoch")
+            axis.xaxis.get_major_locator().set_params(integer=True)
             axis.set_ylabel("training loss, Eq. (9)" if key == "loss" else "val mAP of the labels")
     axes[0].legend(fontsize=8)
     save(figure, args.out / "curves.png")
