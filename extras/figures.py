@@ -112,13 +112,16 @@ def draw_fig6(args, folder, baseline, ours, means):
     order = list(means)
     picks = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
     others = ranked(args, folder, baseline, picks.values())
-    figure, axes = plt.subplots(len(picks), 4, figsize=(7.6, 6.6), layout="constrained")
-    for row, (rank, image_id) in zip(axes, picks.items()):
+    photos = [read_image(folder.image_path(image_id)) for image_id in picks.values()]
+    shapes = [photo.height / photo.width for photo in photos]
+    figure, axes = plt.subplots(len(picks), 4, figsize=(7.6, 0.9 + 1.9 * sum(shapes)),
+                                layout="constrained", height_ratios=shapes)
+    for row, photo, (rank, image_id) in zip(axes, photos, picks.items()):
         masks = [folder.mask_path(image_id), *(run / args.masks / f"{image_id}.png"
                                                for run in (baseline, ours))]
         titles = ["ground truth", f"baseline, IoU {100 * others[image_id]:.0f}",
                   f"ours, IoU {100 * means[image_id]:.0f}"]
-        show(row[0], read_image(folder.image_path(image_id)), f"{rank}: {image_id}")
+        show(row[0], photo, f"{rank}: {image_id}")
         for axis, path, title in zip(row[1:], masks, titles):
             mask = read_mask(path, len(folder.classes))
             show(axis, voc_palette()[mask], title, interpolation="nearest")
