@@ -4,7 +4,7 @@ import ctypes
 import hashlib
 import json
 import math
-import multiprocessing
+import multiprocessing as mp
 import os
 import shutil
 import signal
@@ -45,7 +45,7 @@ def launch(main, args):
         sys.exit("error: a worker process died (no memory?): call again, with fewer --workers")
     except KeyboardInterrupt:
         print("interrupted: what is written stays", file=sys.stderr, flush=True)
-        for worker in multiprocessing.active_children():
+        for worker in mp.active_children():
             worker.kill()
         os._exit(130)  # at once: no queue is computed to its end
     if dist.is_initialized():
@@ -376,6 +376,8 @@ def ignore_interrupts(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":  # PR_SET_PDEATHSIG, or a worker in mid-transfer outlives a kill
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if mp.get_start_method() == "fork" and os.getppid() != mp.parent_process().pid:
+            os._exit(1)  # the parent was killed before that call
 
 
 class Calls(partial):
@@ -391,10 +393,8 @@ def as_it_is(result):
 
 
 def in_workers(function, jobs, workers):
-    """Iterate over function(*job) in order; DataLoader's workers compute while jobs are made.
-
-    Unlike multiprocessing.Pool it draws few jobs ahead and reports a killed worker.
-    """
+    """Iterate over function(*job) in order; DataLoader's workers compute while jobs are made."""
+    # unlike multiprocessing.Pool it draws few jobs ahead and reports a killed worker
     return iter(DataLoader(Calls(function), batch_size=None, sampler=jobs, num_workers=workers,
                            collate_fn=as_it_is, worker_init_fn=ignore_interrupts,
                            prefetch_factor=4 if workers else None))

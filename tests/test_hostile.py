@@ -669,12 +669,15 @@ def still_runs(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
-def test_workers_end_with_the_process_that_is_killed():
-    code = """
-import multiprocessing, os, signal, numpy
-from support.run import in_workers
-results = in_workers(numpy.zeros, [(10**5,)] * 99, 2)  # arrays fill the pipe that nobody reads
-next(results)
+@pytest.mark.parametrize("late", [0, 2])  # seconds that a worker needs to start
+def test_workers_end_with_the_process_that_is_killed(late):
+    code = f"""
+import multiprocessing, os, signal, time, numpy
+from support import run
+start = run.ignore_interrupts
+run.ignore_interrupts = lambda worker: (time.sleep({late}), start(worker))
+results = run.in_workers(numpy.zeros, [(10**5,)] * 99, 2)  # arrays fill the pipe nobody reads
+{late} or next(results)
 print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)"""
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as killed:
