@@ -184,10 +184,14 @@ def save_mask(path, mask):
 
 # --- what the stages see -----------------------------------------------------------------------
 class Images(Dataset):
-    """Stages 2 and 4: index -> id, image (H, W, 3) uint8 as decoded, resized (3, S, S) uint8."""
+    """Stages 2 and 4: index -> id, image (H, W, 3) uint8 as decoded, resized (3, S, S) uint8.
+
+    tokens, where keep_tokens() has set it, takes the place of resized.
+    """
+    tokens = None
 
     def __init__(self, folder, ids, size=1):
-        self.folder, self.ids = folder, ids
+        self.folder, self.ids, self.size = folder, ids, size
         bicubic = v2.InterpolationMode.BICUBIC
         self.resize = v2.Compose([v2.Resize((size, size), bicubic), v2.PILToTensor()])
 
@@ -199,8 +203,9 @@ class Images(Dataset):
         return read_image(self.folder.image_path(self.ids[index]))
 
     def __getitem__(self, index):
-        image = self.read(index)
-        return self.ids[index], np.array(image), self.resize(image)
+        image, image_id = self.read(index), self.ids[index]
+        resized = self.resize(image) if self.tokens is None else self.tokens[image_id]
+        return image_id, np.array(image), resized
 
 
 @contextmanager
@@ -212,7 +217,7 @@ def seeded(seed, draw):
 
 
 class LabelledImages(Images):
-    """Stage 1: (index, draw) -> image (3, S, S) uint8, labels (C,)."""
+    """Stage 1: (index, draw) -> image (3, S, S) uint8 or kept tokens (n, D), labels (C,)."""
 
     def __init__(self, folder, ids, size, augment=(), seed=0):
         super().__init__(folder, ids, size)
@@ -221,6 +226,8 @@ class LabelledImages(Images):
 
     def __getitem__(self, item):
         index, draw = item
+        if self.tokens is not None:
+            return self.tokens[self.ids[index]], self.labels[index]
         with seeded(self.seed, draw):
             return self.augment(self.resize(self.read(index))), self.labels[index]
 
@@ -257,6 +264,12 @@ def loader(dataset, args, device, **options):
     """DataLoader with the workers that the flags ask for."""
     return DataLoader(dataset, num_workers=args.workers, pin_memory=device.type == "cuda",
                       worker_init_fn=ignore_interrupts, **options)
+
+
+def as_input(images, device):
+    """What a network takes: uint8 images in [0, 1], or kept tokens in float32, on the device."""
+    images = images.to(device, non_blocking=True)
+    return images / 255 if images.dtype == torch.uint8 else images.float()
 
 
 def batches(num_images, batch_size, seed, start, stop, rank=0, world=1):

@@ -145,7 +145,7 @@ def score(folder, split, directory, about, workers, path=None):
 # --- prediction --------------------------------------------------------------------------------
 @torch.no_grad()
 def predict_logits(model, image, device, amp, window=None, stride=None, bar=iter):
-    """DeepLabv2's log-probabilities (C, H/8, W/8), on device, of an image (H, W, 3) uint8."""
+    """DeepLabv2's log-probabilities (C, h, w), on device, of an image (H, W, 3) uint8."""
     def _probabilities(images):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             logits = model(images.to(device) / 255)[-1]
@@ -154,7 +154,7 @@ def predict_logits(model, image, device, amp, window=None, stride=None, bar=iter
 
     model.eval()
     images = torch.as_tensor(image).permute(2, 0, 1)[None]
-    probs = slide(_probabilities, images, 8, window, stride, bar)
+    probs = slide(_probabilities, images, model.cell, window, stride, bar)
     return probs[0].permute(2, 0, 1).clamp(min=1e-30).log()
 
 

@@ -8,17 +8,19 @@ Writes: RUN/bpm/ID.png     baseline pseudo masks: argmax of the upsampled maps (
 Result: mIoU 57.2 (sd 0.9, 5 seeds) and 69.2 (1.2) on train of the beetles, 25 s on two Xeon cores
 A killed run goes on where it stopped: masks that are already written are skipped.
 """
+import argparse
 import time
 
 import torch
 import torch.distributed as dist
 
-from data import Folder, Images, is_whole, loader, save_mask
+from data import Folder, Images, as_input, is_whole, loader, save_mask
 from evaluate import miou, score_masks
 from model import load_model, slide, upsample
 from support.crf import add_crf_flags, crf_settings, dense_crf
 from support.run import (NO_SBD, DataError, check_masks, claimed, digest, in_workers,
                          join_processes, launch, log, number, open_run, progress, stage_flags)
+from support.tokens import add_tokens_flag, keep_tokens, learning_blocks
 
 
 def parse_args(argv=None):
@@ -33,8 +35,12 @@ def parse_args(argv=None):
     add("--batch-size", 8, "images of one forward pass", low=1)
     add("--max-norm", True, "divide each class's map by its own maximum (ViT-PCM)")
     add_crf_flags(add, "auto")
+    add_tokens_flag(add)
     add("--overwrite", False, "replace the masks in RUN/bpm and, with a CRF, in RUN/pseudo")
-    return flags.parse(argv)
+    args = flags.parse(argv)
+    if args.tokens and args.window:
+        flags.error("--tokens are of whole images: leave --window out")
+    return args
 
 
 def present_probs(patch_probs, image_labels, max_norm=True):
@@ -66,19 +72,19 @@ def pseudo_masks(image, present, maps, crf):
 
 
 @torch.no_grad()
-def classified(model, folder, ids, args, device, crf):
+def classified(model, dataset, args, device, crf):
     """Run the patch classifier over the images; yields the arguments of pseudo_masks."""
-    images, patch = Images(folder, ids, args.size), model.backbone.patch_embed.feat_ratio()
-    for items in loader(images, args, device, batch_size=args.batch_size, collate_fn=list):
+    patch = model.backbone.patch_embed.feat_ratio()
+    for items in loader(dataset, args, device, batch_size=args.batch_size, collate_fn=list):
         image_ids, originals, images = zip(*items)
-        images = torch.stack(images).to(device, non_blocking=True) / 255
+        images = as_input(torch.stack(images), device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             patch_probs = slide(model, images, patch, args.window, args.stride)  # Eq. (1) to (7)
         if not patch_probs.isfinite().all():
             raise DataError(f"{args.run}/cls.pt gives numbers that are not finite: train it again "
                             "with a lower --lr")
         for image_id, image, Y in zip(image_ids, originals, patch_probs):
-            image_labels = folder.image_labels(image_id).to(device)
+            image_labels = dataset.folder.image_labels(image_id).to(device)
             present, maps = present_probs(Y, image_labels, args.max_norm)
             if device.type != "cuda":  # arrays travel well to worker processes
                 present, maps = present.cpu().numpy(), maps.cpu().numpy()
@@ -120,7 +126,11 @@ def main(args):
 
     # --- masks ---
     began, workers = time.time(), 0 if device.type == "cuda" else args.workers
-    jobs = classified(model, folder, todo, args, device, crf)
+    dataset = Images(folder, todo, args.size)
+    if args.tokens:
+        blocks = learning_blocks(argparse.Namespace(**trained))
+        keep_tokens(dataset, model, blocks, args, device)
+    jobs = classified(model, dataset, args, device, crf)
     results = claimed(in_workers(pseudo_masks, jobs, workers), outputs, args.overwrite)
     results = progress(results, f"masks of {args.split}", len(todo), disable=rank > 0)
     for masks, image_id in zip(results, todo):

@@ -147,9 +147,13 @@ class CPFCTE(Network):
             nn.init.eye_(self.enhance_proj.weight)
         if pretrained or weights:  # else chance decides which side of an image is the object:
             nn.init.zeros_(self.classifier.weight)  # docs/PHOTOGRAPHS.md
+        self.blocks_left = 0  # the last blocks, which tokens kept by --tokens have not been through
 
     def forward(self, images):
-        """(B, 3, H, W) in [0, 1] -> Y (B, h, w, C) float32: each patch's class probabilities."""
+        """Images (B, 3, H, W) in [0, 1], or what frozen_tokens() made of them (B, n, D) ->
+
+        Y (B, h, w, C) float32: each patch's class probabilities.
+        """
         tokens = self.patch_tokens(images)                     # Eq. (1)       (B, h, w, D)
         tokens = self.enhance(tokens)                          # Eq. (2)       (B, h, w, D)
         tokens = self.fuse(tokens)                             # Eq. (3) - (6) (B, h, w, D)
@@ -158,13 +162,35 @@ class CPFCTE(Network):
 
     def patch_tokens(self, images):
         """Eq. (1): P = ViT(x), the normed patch tokens (B, h, w, D); its own [CLS] is dropped."""
-        size, patch = tuple(images.shape[-2:]), self.backbone.patch_embed.feat_ratio(False)
-        h, w = size[0] // patch[0], size[1] // patch[1]
-        if (h * patch[0], w * patch[1]) != size:
+        vit = self.backbone
+        if images.ndim == 3:  # frozen_tokens() of square images: what is left of the ViT
+            tokens = images
+            if self.blocks_left:
+                tokens = vit.norm(vit.blocks[-self.blocks_left:](images))
+            h = w = math.isqrt(tokens.shape[1] - vit.num_prefix_tokens)
+        else:
+            h, w = self.grid(*images.shape[-2:])
+            tokens = vit.forward_features(self.normalise(images))
+        return vit.fc_norm(tokens)[:, vit.num_prefix_tokens:].unflatten(1, (h, w))
+
+    def grid(self, *size):
+        """(h, w) of the patches of an image of (H, W) pixels."""
+        patch = self.backbone.patch_embed.feat_ratio(False)
+        if size[0] % patch[0] or size[1] % patch[1]:
             raise DataError(f"--size {size[0]} is no multiple of the {patch[0]} pixels of a patch "
                             f"of {self.config.backbone}")
-        tokens = self.backbone.fc_norm(self.backbone.forward_features(self.normalise(images)))
-        return tokens[:, self.backbone.num_prefix_tokens:].unflatten(1, (h, w))
+        return size[0] // patch[0], size[1] // patch[1]
+
+    def frozen_tokens(self, images):
+        """What --tokens keeps of images: the ViT's (B, n, D) before its last `blocks_left`."""
+        if not self.blocks_left:
+            return self.backbone.forward_features(self.normalise(images))
+        entering = []
+        hook = self.backbone.blocks[-self.blocks_left].register_forward_pre_hook(
+            lambda block, inputs: entering.append(inputs[0]))
+        self.backbone.forward_features(self.normalise(images))
+        hook.remove()
+        return entering[0]
 
     def enhance(self, tokens):
         """Eq. (2): p'_i = [p_i ; t(i)], then a linear map back to D."""
@@ -191,11 +217,11 @@ class CPFCTE(Network):
     def train_last(self, blocks):
         """Let the head, the last `blocks` transformer blocks and the final norm learn.
 
-        0 freezes the backbone; as many as it has, or more, trains all of it, embeddings included.
+        0 freezes the backbone; more than it has trains all of it, embeddings included.
         """
-        last = self.backbone.blocks[len(self.backbone.blocks) - blocks:] if blocks else []
-        self.backbone.requires_grad_(blocks >= len(self.backbone.blocks))
-        for module in [*last, *([self.backbone.norm, self.backbone.fc_norm] if blocks else [])]:
+        vit = self.backbone
+        vit.requires_grad_(blocks > len(vit.blocks))
+        for module in [*vit.blocks[-blocks:], vit.norm, vit.fc_norm] if blocks else []:
             module.requires_grad_(True)
 
 
@@ -203,7 +229,26 @@ def pool_patches(patch_probs, pool="topk", top_k=6):
     """Eq. (8), Table 5: Y (B, h, w, C) -> image scores s (B, C)."""
     Y = patch_probs.flatten(1, 2)  # (B, N, C)
     K = {"max": 1, "avg": Y.shape[1], "topk": min(top_k, Y.shape[1])}[pool]
-    return Y.topk(K, dim=1).values.mean(dim=1)  # Eq. (8): mean of the K largest scores
+    least = Y.topk(K, dim=1).values[:, -1:]
+    above, equal = Y > least, Y == least  # patches that tie share the places that are left: topk
+    share = (K - above.sum(1, keepdim=True)) / equal.sum(1, keepdim=True)  # takes the first ones
+    return ((above + share * equal) * Y).sum(dim=1) / K  # Eq. (8): mean of the K largest scores
+
+
+def border_and_centre(h, w):
+    """Two (h, w) bool: the outer eighth of each side; what is three sixteenths away from each."""
+    rows, columns = ((torch.arange(side) + 0.5) / side for side in (h, w))
+    depth = torch.minimum(torch.minimum(rows, 1 - rows)[:, None],
+                          torch.minimum(columns, 1 - columns))
+    return depth <= max(1 / 8, depth.min()), depth >= min(3 / 16, depth.max())
+
+
+def pool_by_place(patch_probs):
+    """s (B, C) of the first --centre-steps: background's mean over the border of Y (B, h, w, C),
+    every other class's over the centre."""
+    # not in the paper: Eq. (8) and (9) alone let chance decide which side of an image is the object
+    border, centre = border_and_centre(*patch_probs.shape[1:3])
+    return torch.cat([patch_probs[:, border, :1].mean(1), patch_probs[:, centre, 1:].mean(1)], 1)
 
 
 def upsample(maps, height, width):
@@ -248,9 +293,10 @@ def classification_loss(scores, image_labels):
 class SegmenterConfig:
     """Everything that rebuilds a DeepLabv2; saved in seg.pt."""
     num_classes: int
-    backbone: str                      # any CNN of timm that can keep output stride 8
+    backbone: str                      # any CNN of timm that can keep the output stride
     rates: tuple = (6, 12, 18, 24)     # ASPP's dilations
     scales: tuple = (1.0, 0.75, 0.5)   # of the input; the first is the reference
+    output_stride: int = 8             # pixels of the image to one of the logits
 
 
 class DeepLabv2(Network):
@@ -260,9 +306,10 @@ class DeepLabv2(Network):
         super().__init__()
         self.config = config
         self.backbone = create_backbone(
-            config.backbone, "CNN of timm that keeps output stride 8", pretrained, weights,
-            features_only=True, output_stride=8, out_indices=(-1,))
-        self.normalise = Normalise(self.backbone)
+            config.backbone, f"CNN of timm that keeps output stride {config.output_stride}",
+            pretrained, weights, features_only=True, output_stride=config.output_stride,
+            out_indices=(-1,))
+        self.normalise, self.cell = Normalise(self.backbone), config.output_stride
         channels = self.backbone.feature_info.channels()[-1]
         self.aspp = nn.ModuleList(
             nn.Conv2d(channels, config.num_classes, 3, padding=rate, dilation=rate)
@@ -284,7 +331,7 @@ class DeepLabv2(Network):
         return [*pyramid, torch.stack(resized).amax(dim=0)]
 
     def logits(self, images):
-        """One scale: (B, 3, H, W) -> (B, C, H/8, W/8) float32."""
+        """One scale: (B, 3, H, W) -> (B, C, H/stride, W/stride) float32."""
         features = self.backbone(self.normalise(images))[-1]
         return sum(conv(features) for conv in self.aspp).float()
 

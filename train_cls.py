@@ -12,10 +12,12 @@ import time
 import torch
 from torchmetrics.functional.classification import binary_average_precision
 
-from data import AUGMENT, Folder, LabelledImages, batches, loader
-from model import CPFCTE, ClassifierConfig, classification_loss, pool_patches
+from data import AUGMENT, Folder, LabelledImages, as_input, batches, loader
+from model import (CPFCTE, ClassifierConfig, border_and_centre, classification_loss,
+                   pool_by_place, pool_patches)
 from support.run import (NO_SBD, join_processes, launch, log, mean_loss, open_checkpoint, prepare,
                          progress, restore, save_checkpoint, stage_flags)
+from support.tokens import add_tokens_flag, keep_tokens, learning_blocks
 
 
 def parse_args(argv=None):
@@ -24,12 +26,12 @@ def parse_args(argv=None):
     add = flags.add
     add("--train-split", "trainaug", "split to train on", **NO_SBD)
     add("--val-split", "val", "split whose image labels score each epoch; none: no score")
-    add("--size", 384, "resize images to SIZE x SIZE", toy=96, voc_small=224, photo=128, low=1)
+    add("--size", 384, "resize images to SIZE x SIZE", toy=96, voc_small=224, photo=448, low=1)
     add("--augment", ["flip", "jitter"], "vflip and transpose are ViT-PCM's", toy=["flip"],
-        nargs="*", choices=AUGMENT)
+        photo=[], nargs="*", choices=AUGMENT)
     add("--backbone", "vit_base_patch16_384.augreg_in21k_ft_in1k",
         "any plain ViT of timm (or vit_toy); its patch tokens are P in Eq. (1)", toy="vit_toy",
-        voc_small="vit_tiny_patch16_224.augreg_in21k_ft_in1k", photo="vit_small_photo")
+        voc_small="vit_tiny_patch16_224.augreg_in21k_ft_in1k", photo="vit_lite0")
     add("--class-tokens", "soft", "t(i) in Eq. (2). soft: each patch's own mixture of the tokens; "
         "all: every token for every patch, which is a bias; append: tokens join the BiLSTM's "
         "lines; none: Table 4", choices=("soft", "all", "append", "none"))
@@ -40,18 +42,34 @@ def parse_args(argv=None):
     add("--dropout", 0.2, "before the BiLSTM and before the classifier", toy=0.0, high=0.99)
     add("--pool", "topk", "Eq. (8), Table 5", choices=("topk", "max", "avg"))
     add("--top-k", 6, "K in Eq. (8): 1 is max pooling, all patches is average pooling", toy=12,
-        photo=96, low=1)
-    add("--epochs", 50, "passes over the training images", toy=6, voc_small=12, photo=3, low=1)
+        photo=50, low=1)
+    add("--centre-steps", 10, "first steps, in which background is pooled from the border of the "
+        "images and every other class from their centre, where W_c starts at zero; 0: none", toy=0)
+    add("--epochs", 50, "passes over the training images", toy=6, voc_small=12, photo=1, low=1)
     add("--batch-size", 16, "images of one step, over all ranks together", low=1)
     add("--frozen-epochs", 2, "first epochs, in which the backbone does not learn", toy=0)
-    add("--train-blocks", 5, "last blocks that learn after that; as many as there are: all", toy=4,
-        photo=2)
+    add("--train-blocks", 5, "last blocks that learn after that; more than there are: all of it", toy=5,
+        photo=0)
+    add_tokens_flag(add)
     add("--schedule", "two-stage", "two-stage: --lr for the first two epochs, --late-lr after; "
         "cosine: a warm-up of one epoch to --lr, then down to --late-lr", toy="cosine",
         choices=("two-stage", "cosine"))
     add("--lr", 1e-3, "Adam's learning rate at first", toy=1e-3, low=1e-9, high=10)
     add("--late-lr", 1e-4, "Adam's learning rate later", toy=0.0, high=10)
-    return flags.parse(argv)
+    add("--module-lr", 1.0, "rate of class tokens and context as a multiple of the others'",
+        photo=0.1, high=1000)
+    args = flags.parse(argv)
+    if args.tokens and args.augment:
+        flags.error("--tokens keeps one view of each image: pass --augment without a name")
+    return args
+
+
+def parameter_groups(model, module_lr):
+    """Adam's groups: backbone and W_c; class tokens and context at module_lr times their rate."""
+    parts = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        parts[name.startswith(("backbone.", "classifier."))].append(parameter)
+    return [dict(params=parts[True], factor=1.0), dict(params=parts[False], factor=module_lr)]
 
 
 def learning_rate(args, step, steps_per_epoch):
@@ -66,16 +84,30 @@ def learning_rate(args, step, steps_per_epoch):
 
 @torch.no_grad()
 def validate(model, dataset, args, device):
-    """mAP of the image scores against the image labels, over the object classes that occur."""
+    """{name: value} of a split, by its image labels alone.
+
+    val_map: mAP of the image scores, over the object classes that occur. border_background and
+    centre_background: the share of these patches whose class is background; a note where that
+    says that the sides look exchanged.
+    """
     model.eval()
-    scores = []
+    scores, shares = [], []
     in_order = [(index, 0) for index in range(len(dataset))]
     for images, _ in loader(dataset, args, device, batch_size=args.batch_size, sampler=in_order):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            patch_probs = model(images.to(device, non_blocking=True) / 255)
+            patch_probs = model(as_input(images, device))
         scores.append(pool_patches(patch_probs, args.pool, args.top_k))
+        background = (patch_probs.argmax(dim=-1) == 0).float()  # (B, h, w)
+        shares += [[image[place].mean().item() for place in border_and_centre(*image.shape)]
+                   for image in background]
     model.train()
-    return mean_average_precision(torch.cat(scores).cpu(), dataset.labels)
+    border, centre = torch.tensor(shares).mean(dim=0).tolist()
+    if border < centre - 0.05:
+        print(f"note: less background at the border of the images ({border:.2f}) than in their "
+              f"centre ({centre:.2f}): object and background look exchanged. Train again with "
+              "more --centre-steps or another --seed", flush=True)
+    return dict(val_map=mean_average_precision(torch.cat(scores).cpu(), dataset.labels),
+                border_background=border, centre_background=centre)
 
 
 def mean_average_precision(scores, labels):
@@ -106,9 +138,11 @@ def main(args):
                               args.dropout)
     pretrained, weights = (False, None) if checkpoint else (args.pretrained, args.weights)
     model = CPFCTE(config, pretrained, weights).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    optimizer = torch.optim.Adam(parameter_groups(model, args.module_lr), lr=args.lr, fused=True)
     first_epoch = checkpoint["epoch"] if checkpoint else 0
     restore(path, checkpoint, model=model, optimizer=optimizer)
+    for dataset in filter(None, (train, val)) if args.tokens else ():
+        keep_tokens(dataset, model, learning_blocks(args), args, device)
 
     # --- train ---
     for epoch in range(first_epoch, args.epochs):
@@ -122,12 +156,13 @@ def main(args):
         for images, image_labels in progress(loader(train, args, device, batch_sampler=sampler),
                                              f"epoch {epoch + 1}", steps_per_epoch, rank > 0):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args, step, steps_per_epoch)
-            images = images.to(device, non_blocking=True) / 255
+                group["lr"] = group["factor"] * learning_rate(args, step, steps_per_epoch)
+            images = as_input(images, device)
             image_labels = image_labels.to(device, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 patch_probs = network(images)                            # Eq. (1) to (7)
-            scores = pool_patches(patch_probs, args.pool, args.top_k)    # Eq. (8)
+            scores = (pool_by_place(patch_probs) if step < args.centre_steps else
+                      pool_patches(patch_probs, args.pool, args.top_k))  # Eq. (8)
             loss = classification_loss(scores, image_labels)             # Eq. (9)
             optimizer.zero_grad()
             loss.backward()
@@ -139,9 +174,9 @@ def main(args):
         loss = mean_loss(total, steps_per_epoch, world, model, f"in epoch {epoch + 1}", path)
         speed = steps_per_epoch * args.batch_size / (time.time() - began)
         if rank == 0:
-            val_map = validate(model, val, args, device) if val else None
+            found = validate(model, val, args, device) if val else {}
             log(args.run, "train_cls", epoch=epoch + 1, of=args.epochs, loss=loss,
-                lr=optimizer.param_groups[0]["lr"], val_map=val_map, images_s=speed)
+                lr=optimizer.param_groups[0]["lr"], **found, images_s=speed)
             save_checkpoint(path, "cls", model, args, **facts, epoch=epoch + 1,
                             optimizer=optimizer.state_dict())
 

@@ -36,8 +36,10 @@ def parse_args(argv=None):
     add("--rescale", [0.5, 1.5], "range of the random rescaling in training", toy=[0.75, 1.25],
         photo=[0.8, 1.5], nargs=2, low=0.01, high=100)
     add("--crop", 321, "side of the random crop in pixels", toy=96, voc_small=161, photo=193, low=1)
-    add("--backbone", "resnet101.tv_in1k", "a CNN of timm that can keep stride 8", toy="resnet_toy",
-        voc_small="resnet18.tv_in1k", photo="resnet_small_photo")
+    add("--backbone", "resnet101.tv_in1k", "a CNN of timm that can keep the output stride",
+        toy="resnet_toy", voc_small="resnet18.tv_in1k", photo="tf_efficientnet_lite0.in1k")
+    add("--output-stride", 8, "pixels of the image to one of the network's outputs", photo=16,
+        choices=(8, 16, 32))
     add("--scales", [1.0, 0.75, 0.5], "input scales that the loss and the maximum are over; the "
         "first is the reference", toy=[1.0], voc_small=[1.0], photo=[0.6], nargs="+", low=0.01,
         high=100)
@@ -118,7 +120,7 @@ def main(args):
     path, checkpoint = open_checkpoint(args, "seg", **facts)
     torch.manual_seed(args.seed)
     config = SegmenterConfig(len(folder.classes), args.backbone, tuple(args.rates),
-                             tuple(args.scales))
+                             tuple(args.scales), args.output_stride)
     pretrained, weights = (False, None) if checkpoint else (args.pretrained, args.weights)
     model = DeepLabv2(config, pretrained, weights).to(device)
     if args.freeze_bn:

@@ -79,6 +79,8 @@ def parse_args(argv=None):
     add("--cls-flags", default="", help="more flags of train_cls.py, for every variant")
     add("--cpews-flags", default="", help="more flags of extras/cpews.py, likewise")
     add("--seg-flags", default="", help="more flags of train_seg.py, with --full")
+    add("--tokens", type=Path, help="file of the patch tokens of a frozen backbone, for all rows of "
+        "CPF-CTE: stages 1 and 2 start from them")
     add("--jobs", type=number(int, 1, 64), default=1, help="runs at a time; they share CPU and GPU")
     return parser.parse_args(argv)
 
@@ -112,11 +114,11 @@ def columns_of(results, prefix):
         f"{prefix}background called object": 100 * sum(rest) / (background + sum(rest))}
 
 
-def run_deeplab(args, run, method, mask_flags, seed):
+def run_deeplab(args, run, method, mask_flags, seed, kept):
     """Train DeepLabv2 on the masks of the training split; what its results.json says."""
     seg, masks = run, []
     if method == "cls":
-        call(args, run, "make_pseudo.py", *mask_flags.split())
+        call(args, run, "make_pseudo.py", *mask_flags.split(), *kept)
     else:  # RUN/pred is the decoder's: DeepLabv2 has a folder of its own
         seg, masks = run / "deeplab", ["--masks", run / "pseudo"]
         seg.mkdir(exist_ok=True)
@@ -138,6 +140,8 @@ def run_variant(args, train_flags, mask_flags, seed):
     note = run / f"scores-{args.split}.json"
     more = {"cls": args.cls_flags, "cpews": args.cpews_flags}[method]
     flags = shlex.split(more) + train_flags.removeprefix("cpews").split()
+    kept = ["--tokens", args.tokens] * (args.tokens is not None and method == "cls")
+    kept_masks = kept * ("--size" not in mask_flags)  # tokens are of one size
     settings = [str(args.data.resolve()), flags, shlex.split(args.seg_flags)]
     saved = json.loads(note.read_text()) if note.is_file() else {}
     same = 3 if args.full and "DeepLabv2" in saved.get("scores", ()) else 2  # masks know no stage 3
@@ -146,10 +150,10 @@ def run_variant(args, train_flags, mask_flags, seed):
     if saved and ("DeepLabv2" in saved["scores"] or not args.full):
         return saved["scores"]
     run.mkdir(parents=True, exist_ok=True)
-    call(args, trained, train, "--seed", seed, "--resume", *flags)
+    call(args, trained, train, "--seed", seed, "--resume", *flags, *kept)
     if mask_flags and not (run / checkpoint).is_symlink():
         (run / checkpoint).symlink_to(f"../{checkpoint}")
-    call(args, run, *write.split(), args.split, *mask_flags.split())
+    call(args, run, *write.split(), args.split, *mask_flags.split(), *kept_masks)
     results = {}
     for masks in columns.values():
         call(args, run, "evaluate.py", "--split", args.split, "--masks", run / masks)
@@ -158,7 +162,7 @@ def run_variant(args, train_flags, mask_flags, seed):
     for masks, prefix in (("bpm", ""), ("cam", "cam: "), ("pred", "pred: ")):
         scores |= columns_of(results[masks], prefix) if masks in results else {}
     if args.full:
-        results["deeplab"] = run_deeplab(args, run, method, mask_flags, seed)
+        results["deeplab"] = run_deeplab(args, run, method, mask_flags, seed, kept_masks)
         scores["DeepLabv2"] = 100 * results["deeplab"]["miou"]
         scores |= columns_of(results["deeplab"], "DeepLabv2: ")
     write_lines(note, [json.dumps(dict(settings=settings, scores=scores, results=results))])

@@ -42,7 +42,7 @@ class CPEWS(Network):
 
     def __init__(self, config, pretrained=False, weights=None):
         super().__init__()
-        self.config, self.scales, self.amp = config, [1.0], False
+        self.config, self.scales, self.amp, self.cell = config, [1.0], False, 1
         self.backbone = create_backbone(config.backbone, "plain ViT of timm", pretrained, weights,
                                         num_classes=0, dynamic_img_size=True)
         if config.aux_block > len(self.backbone.blocks):
@@ -59,7 +59,9 @@ class CPEWS(Network):
 
     def train_encoder(self, learns):
         """Let the ViT learn, or freeze it; its position embedding never learns."""
-        self.backbone.requires_grad_(learns).pos_embed.requires_grad_(False)
+        self.backbone.requires_grad_(learns)
+        if self.backbone.pos_embed is not None:
+            self.backbone.pos_embed.requires_grad_(False)
         self.train()
 
     def encode(self, images):

@@ -81,17 +81,41 @@ def create_backbone(name, kind, pretrained, weights=None, **kwargs):
                         "--weights FILE with a local copy, or --no-pretrained for random ones")
 
 
-# --- small networks, registered with timm: the toy preset's, and two to pretrain ----------------
+# --- networks of ours, registered with timm: the hybrid of preset photo, the small ones of toy ---
 NO_WEIGHTS = dict(url="", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 default_cfgs = generate_default_cfgs({  # where timm looks for them
+    "vit_lite0": NO_WEIGHTS | dict(classifier="head", hf_hub_id="timm/tf_efficientnet_lite0.in1k"),
     **{name: NO_WEIGHTS | dict(classifier="head", fixed_input_size=True)
-       for name in ("vit_toy", "vit_toy_linear", "vit_small_photo")},
-    **{name: NO_WEIGHTS | dict(classifier="fc") for name in ("resnet_toy", "resnet_small_photo")}})
+       for name in ("vit_toy", "vit_toy_linear")},
+    "resnet_toy": NO_WEIGHTS | dict(classifier="fc")})
 
 
-def _vit(name, pretrained, **kwargs):
+def _vit(name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs):
     return build_model_with_cfg(VisionTransformer, name, pretrained,
-                                pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+                                pretrained_filter_fn=pretrained_filter_fn, **kwargs)
+
+
+def _into_hybrid(state, model):
+    """The weights of a CNN -> those of the ViT whose patches it makes; the rest as it starts."""
+    cnn = {f"patch_embed.backbone.{name}": weight for name, weight in state.items()}
+    if "patch_embed.backbone.conv_stem.weight" not in cnn:  # a file of the hybrid itself
+        return state
+    own = model.state_dict()
+    return own | {name: weight for name, weight in cnn.items() if name in own}
+
+
+@register_model
+def vit_lite0(pretrained=False, **kwargs):
+    """A hybrid: tf_efficientnet_lite0 makes patches of 32 pixels, then a ViT of two blocks.
+
+    Its weights are tf_efficientnet_lite0's, of ImageNet-1k; the blocks start as the identity.
+    """
+    cnn = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(-1,))
+    embed = partial(HybridEmbed, backbone=cnn, proj=False, feature_size=14, feature_ratio=32)
+    size = dict(img_size=448, patch_size=1, embed_dim=320, depth=2, num_heads=5, mlp_ratio=2,
+                init_values=1e-5, class_token=False, pos_embed="none", embed_layer=embed,
+                global_pool="avg")
+    return _vit("vit_lite0", pretrained, _into_hybrid, **size | kwargs)
 
 
 @register_model
@@ -114,30 +138,8 @@ def vit_toy(pretrained=False, **kwargs):
 
 
 @register_model
-def vit_small_photo(pretrained=False, **kwargs):
-    """A hybrid at 64x64: a ResNet of two stages makes patches of 8, then a ViT of four blocks.
-
-    Width 192, mean of the patches, no class token.
-    """
-    resnet = timm.create_model("resnet18d", features_only=True, out_indices=[2], stem_width=16,
-                               channels=(64, 192, 1, 1))
-    size = dict(img_size=64, patch_size=1, embed_dim=192, depth=4, num_heads=3, mlp_ratio=3,
-                embed_layer=partial(HybridEmbed, backbone=resnet, proj=False),
-                class_token=False, global_pool="avg")
-    return _vit("vit_small_photo", pretrained, **size | kwargs)
-
-
-@register_model
 def resnet_toy(pretrained=False, **kwargs):
     """timm's ResNet with one basic block a stage and few channels."""
     size = dict(block=BasicBlock, layers=(1, 1, 1, 1), channels=(32, 64, 64, 96),
                 stem_type="deep", stem_width=16, zero_init_last=False)
     return build_model_with_cfg(ResNet, "resnet_toy", pretrained, **size | kwargs)
-
-
-@register_model
-def resnet_small_photo(pretrained=False, **kwargs):
-    """timm's ResNet-18 with half the channels and a deep stem."""
-    size = dict(block=BasicBlock, layers=(2, 2, 2, 2), channels=(32, 64, 128, 256),
-                stem_type="deep", stem_width=32)
-    return build_model_with_cfg(ResNet, "resnet_small_photo", pretrained, **size | kwargs)

@@ -229,7 +229,8 @@ NEEDED = {"cls": "config model optimizer classes ids labels --seed epoch --epoch
           "seg": "config model optimizer classes ids labels --seed step".split(),
           "cpews": "config model optimizer classes ids labels pools --seed step".split(),
           "pretrain": "config model optimizer classes images --seed epoch".split()}
-FREE = "data run preset device workers amp compile weights pretrained resume overwrite".split()
+FREE = ("data run preset device workers amp compile weights pretrained tokens resume "
+        "overwrite").split()
 
 
 def load_checkpoint(path, kind):

@@ -9,7 +9,8 @@ from torch import nn
 import train_cls
 from conftest import in_process
 from data import Folder, LabelledImages
-from model import CPFCTE, ClassifierConfig, classification_loss, pool_patches
+from model import (CPFCTE, ClassifierConfig, border_and_centre, classification_loss,
+                   pool_by_place, pool_patches)
 from support.run import DataError
 
 B, C, h, w = 2, 5, 3, 4
@@ -76,6 +77,43 @@ def test_top_k_pooling_has_max_and_average_as_its_limits():
         torch.testing.assert_close(pool_patches(Y, pool, K), Y.mean((1, 2)))
 
 
+@pytest.mark.eq8
+@pytest.mark.parametrize("K", [1, 5, h * w])
+def test_patches_that_tie_count_alike_whatever_their_order(K):
+    Y = torch.randint(0, 3, (B, h, w, C)) / 2
+    Y[0] = 0.25  # all tie, as at a start at zero
+    gradients = []
+    for order in (torch.arange(h * w), torch.randperm(h * w)):
+        shuffled = Y.flatten(1, 2)[:, order].view(B, h, w, C).clone().requires_grad_()
+        scores = pool_patches(shuffled, "topk", K)
+        torch.testing.assert_close(scores, Y.flatten(1, 2).topk(K, dim=1).values.mean(1))
+        scores.square().sum().backward()
+        gradients.append(shuffled.grad.flatten(1, 2)[:, order.argsort()])
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(gradients[0][0], torch.full((h * w, C), 0.5 / (h * w)))
+
+
+def test_places_are_the_two_outer_rings_and_the_inner_ten_of_sixteen():
+    border, centre = border_and_centre(16, 16)
+    expected = torch.ones(16, 16, dtype=torch.bool)
+    expected[2:14, 2:14] = False
+    assert torch.equal(border, expected)
+    expected[:] = False
+    expected[3:13, 3:13] = True
+    assert torch.equal(centre, expected)
+    for size in ((1, 1), (2, 3), (3, 40)):  # tiny grids have both, too
+        assert all(place.any() for place in border_and_centre(*size))
+
+
+def test_first_steps_pool_background_from_the_border_and_classes_from_the_centre():
+    Y = torch.rand(B, 16, 16, C)
+    s = pool_by_place(Y)
+    border = [Y[:, i, j, 0] for i in range(16) for j in range(16)
+              if min(i, j) < 2 or max(i, j) > 13]
+    torch.testing.assert_close(s[:, 0], torch.stack(border).mean(0))
+    torch.testing.assert_close(s[:, 1:], Y[:, 3:13, 3:13, 1:].mean((1, 2)))
+
+
 # --- Eq. (9) -----------------------------------------------------------------------------------
 
 @pytest.mark.eq9
@@ -101,6 +139,8 @@ def test_frozen_and_trained_parts_of_the_backbone():
     model.train_last(1)
     assert learning() and all(n.startswith(("blocks.3.", "norm.")) for n in learning())
     model.train_last(4)
+    assert not [n for n in learning() if not n.startswith(("blocks.", "norm."))]
+    model.train_last(5)
     assert learning() == {name for name, _ in model.backbone.named_parameters()}
 
 
@@ -212,4 +252,51 @@ def test_validation_pools_the_scores_of_every_image_in_order(toy, tmp_path):
         scores = torch.stack([pool_patches(model.eval()(dataset[i, 0][0][None] / 255), "topk", 4)[0]
                               for i in range(len(dataset))])
     expected = train_cls.mean_average_precision(scores, dataset.labels)
-    assert found == pytest.approx(expected, rel=1e-3)
+    assert found["val_map"] == pytest.approx(expected, rel=1e-3)
+
+
+# --- which side is the object ------------------------------------------------------------------
+
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_exchanged_sides_are_told_at_the_validation_in_one_line(
+        toy, tmp_path, monkeypatch, capsys, exchanged):
+    class Known(CPFCTE):
+        """Says object in the centre and background around it, or the other way round."""
+
+        def forward(self, images):
+            Y = super().forward(images)
+            _, centre = border_and_centre(*Y.shape[1:3])
+            sides = torch.zeros_like(Y)
+            sides[..., 0] = 2.0 * (centre == exchanged)
+            sides[..., 1] = 1.0
+            return (Y * 1e-3 + sides).softmax(dim=-1)
+
+    monkeypatch.setattr(train_cls, "CPFCTE", Known)
+    in_process(train_cls, "--data", toy, "--run", tmp_path, "--epochs", "1", "--workers", "0")
+    *notes, log = capsys.readouterr().out.splitlines()
+    border, centre = (float(log.split(f"{name}_background ")[1].split()[0])
+                      for name in ("border", "centre"))
+    assert (border, centre) == ((0, 1) if exchanged else (1, 0))
+    assert len(notes) == exchanged
+    assert all("look exchanged" in note and "--centre-steps" in note for note in notes)
+
+
+def test_only_the_first_steps_pool_by_place(toy, tmp_path, monkeypatch):
+    pooled = []
+    for name in ("pool_by_place", "pool_patches"):
+        function = getattr(train_cls, name)
+        monkeypatch.setattr(train_cls, name, lambda *a, name=name, function=function: (
+            pooled.append(name), function(*a))[1])
+    in_process(train_cls, "--data", toy, "--run", tmp_path, "--epochs", "2", "--workers", "0",
+               "--batch-size", "8", "--val-split", "none", "--centre-steps", "4")
+    assert pooled == 4 * ["pool_by_place"] + 2 * ["pool_patches"]  # 24 images, 3 steps an epoch
+
+
+def test_modules_learn_at_their_own_rate(toy, tmp_path):
+    model = tiny()
+    groups = train_cls.parameter_groups(model, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    slow = {names[id(p)].split(".")[0] for p in groups[1]["params"]}
+    assert slow == {"class_tokens", "enhance_proj", "context"} and groups[1]["factor"] == 0.1
+    fast = {names[id(p)].split(".")[0] for p in groups[0]["params"]}
+    assert fast == {"backbone", "classifier"} and groups[0]["factor"] == 1
