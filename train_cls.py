@@ -43,13 +43,13 @@ def parse_args(argv=None):
     add("--pool", "topk", "Eq. (8), Table 5", choices=("topk", "max", "avg"))
     add("--top-k", 6, "K in Eq. (8): 1 is max pooling, all patches is average pooling", toy=12,
         photo=50, low=1)
-    add("--centre-steps", 10, "first steps, in which background is pooled from the border of the "
-        "images and every other class from their centre, where W_c starts at zero; 0: none", toy=0)
+    add("--centre-steps", 10, "first steps, which instead of Eq. (8) pool background from the "
+        "border of the images and every other class from their centre; 0: none", toy=0)
     add("--epochs", 50, "passes over the training images", toy=6, voc_small=12, photo=1, low=1)
     add("--batch-size", 16, "images of one step, over all ranks together", low=1)
     add("--frozen-epochs", 2, "first epochs, in which the backbone does not learn", toy=0)
-    add("--train-blocks", 5, "last blocks that learn after that; more than there are: all of it", toy=5,
-        photo=0)
+    add("--train-blocks", 5, "last blocks that learn after that; more than there are: all of it",
+        toy=5, photo=0)
     add_tokens_flag(add)
     add("--schedule", "two-stage", "two-stage: --lr for the first two epochs, --late-lr after; "
         "cosine: a warm-up of one epoch to --lr, then down to --late-lr", toy="cosine",

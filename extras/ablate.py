@@ -2,11 +2,14 @@
 
 Run:    python extras/ablate.py table4 table5 --data data/toy --jobs 2
         python extras/ablate.py cpews3 cpews4 cpews5 --data data/toy --jobs 2
-Writes: OUT/DATA/FLAGS/sSEED/ (a run folder), OUT/DATA/STUDY-SPLIT.md: scores and differences
+Writes: OUT/DATA/FLAGS/sSEED/ (a run folder), OUT/DATA/STUDY-SPLIT.md: scores and differences;
+        OUT/DATA/STUDY-SPLIT.csv: every score of every seed, as in docs/results.csv
 Studies share the runs of equal flags, and what is done is skipped: a killed job, another seed or a
 new variant (one line of STUDIES) costs only what is missing.
 """
 import argparse
+import csv
+import io
 import json
 import os
 import shlex
@@ -79,6 +82,7 @@ def parse_args(argv=None):
     add("--cls-flags", default="", help="more flags of train_cls.py, for every variant")
     add("--cpews-flags", default="", help="more flags of extras/cpews.py, likewise")
     add("--seg-flags", default="", help="more flags of train_seg.py, with --full")
+    add("--method", default="", help="what the column `method` of the .csv says, as the backbone")
     add("--tokens", type=Path, help="file of the patch tokens of a frozen backbone, for all rows of "
         "CPF-CTE: stages 1 and 2 start from them")
     add("--jobs", type=number(int, 1, 64), default=1, help="runs at a time; they share CPU and GPU")
@@ -228,6 +232,18 @@ def tables(rows, results):
             *(["", *table(rows, results, found)] * bool(found)), "", *pairs(rows, results, names)]
 
 
+def raw_lines(args, rows, results):
+    """The lines of a .csv: data, method, variant, split, seed, metric, value in %."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow("data method variant split seed metric value".split())
+    for (variant, *_), of_seeds in zip(rows, results):
+        for seed, scores in zip(args.seeds, of_seeds):
+            writer.writerows([args.data.resolve().name, args.method, variant, args.split, seed,
+                              metric, f"{value:.2f}"] for metric, value in scores.items())
+    return text.getvalue().splitlines()
+
+
 def main(args):
     jobs = {}  # one thread does all inference variants of one training: they share cls.pt
     for seed in args.seeds:
@@ -237,10 +253,12 @@ def main(args):
         scores = dict(zip(jobs, pool.map(lambda job: {
             flags: run_variant(args, job[0], flags, job[1]) for flags in jobs[job]}, jobs)))
     for study in args.studies:
-        lines = tables(STUDIES[study], [[scores[cls, seed][pseudo] for seed in args.seeds]
-                                        for _, _, cls, pseudo in STUDIES[study]])
-        name = f"{args.data.resolve().name}/{study}-{args.split}{'-full' * args.full}.md"
-        write_lines(args.out / name, lines)
+        rows = STUDIES[study]
+        results = [[scores[cls, seed][pseudo] for seed in args.seeds] for _, _, cls, pseudo in rows]
+        lines = tables(rows, results)
+        name = f"{args.data.resolve().name}/{study}-{args.split}{'-full' * args.full}"
+        write_lines(args.out / f"{name}.md", lines)
+        write_lines(args.out / f"{name}.csv", raw_lines(args, rows, results))
         print(f"\n{study} on {args.data}, {args.split}:", *lines, sep="\n")
 
 
