@@ -13,6 +13,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from timm.models.vision_transformer_hybrid import ConvStem
 
+from data import seeded
 from support.run import DataError
 
 
@@ -108,14 +109,16 @@ def _into_hybrid(state, model):
 def vit_lite0(pretrained=False, **kwargs):
     """A hybrid: tf_efficientnet_lite0 makes patches of 32 pixels, then a ViT of two blocks.
 
-    Its weights are tf_efficientnet_lite0's, of ImageNet-1k; the blocks start as the identity.
+    Its weights are tf_efficientnet_lite0's, of ImageNet-1k; the blocks start as the identity, with
+    the same weights for every --seed, as those of the CNN are.
     """
     cnn = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(-1,))
     embed = partial(HybridEmbed, backbone=cnn, proj=False, feature_size=14, feature_ratio=32)
     size = dict(img_size=448, patch_size=1, embed_dim=320, depth=2, num_heads=5, mlp_ratio=2,
                 init_values=1e-5, class_token=False, pos_embed="none", embed_layer=embed,
                 global_pool="avg")
-    return _vit("vit_lite0", pretrained, _into_hybrid, **size | kwargs)
+    with seeded(0, 0):
+        return _vit("vit_lite0", pretrained, _into_hybrid, **size | kwargs)
 
 
 @register_model

@@ -29,8 +29,8 @@ def add_crf_flags(add, default, sxy=67.0, srgb=3.0):
         "rounding; auto, or no word: pydensecrf, if installed, on a CPU, else torch", nargs="?",
         const="auto", choices=("auto", "torch", "pydensecrf", "none"))
     add("--crf-iterations", 10, "mean-field iterations", high=1000)
-    add("--crf-sxy", sxy, "bilateral kernel: deviation in pixels", toy=30.0, photo=50.0, low=0.001)
-    add("--crf-srgb", srgb, "bilateral kernel: deviation in RGB levels", toy=20.0, photo=5.0,
+    add("--crf-sxy", sxy, "bilateral kernel: deviation in pixels", toy=30.0, photo=80.0, low=0.001)
+    add("--crf-srgb", srgb, "bilateral kernel: deviation in RGB levels", toy=20.0, photo=13.0,
         low=0.001)
     add("--crf-compat", 4.0, "bilateral kernel: weight of its Potts term", toy=10.0, photo=10.0,
         high=1000)
