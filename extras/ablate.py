@@ -36,7 +36,7 @@ STUDIES = {
     "top-k": [(f"K = {k}", "-", K_FLAGS.get(k, f"--top-k {k}"), "")
               for k in (1, 2, 4, 6, 9, 12, 16, 24, 36, "N")],
     "top-k-photo": [(f"K = {k}", "-", K_FLAGS.get(k, f"--top-k {k}"), "")
-                    for k in (1, 32, 48, 64, 96, 128, "N")],
+                    for k in (1, 6, 12, 24, 36, 50, 72, 100, "N")],
     "stem": [("convolutional", "-", "", ""), ("linear", "-", "--backbone vit_toy_linear", "")],
     "class-tokens": [(t, "-", f"--class-tokens {t}" * (t != "soft"), "")
                      for t in ("none", "soft", "all", "append")],
@@ -46,7 +46,7 @@ STUDIES = {
     "crf": [(c, "-", "", "--crf-sxy {} --crf-srgb {} --crf-compat {}".format(*c.split("/")))
             for c in ("67/3/4", "121/5/4", "50/5/10", "80/13/10")],
     "size-toy": [(f"{s}x{s}", "-", "", f"--size {s}") for s in (64, 96, 144, 192)],
-    "size-photo": [(f"{s}x{s}", "-", "", f"--size {s}") for s in (64, 96, 128, 192, 256)],
+    "size-photo": [(f"{s}x{s}", "-", "", f"--size {s}") for s in (320, 384, 448, 512, 576)],
     "size-voc": [(f"{s}x{s}", "-", "", f"--size {s}") for s in (384, 640, 960, 1280)],
     "cpews2": [("decoder", "69.8 val, 71.4 test", "cpews", ""),
                ("decoder, CRF", "72.6 test", "cpews", "--crf")],
@@ -118,6 +118,13 @@ def columns_of(results, prefix):
         f"{prefix}background called object": 100 * sum(rest) / (background + sum(rest))}
 
 
+def val_map(run):
+    """{"val mAP": %} of the last epoch in RUN/log.jsonl; {} where stage 1 scored no split."""
+    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    found = [line.get("val_map") for line in lines if line["stage"] == "train_cls"]
+    return {"val mAP": 100 * found[-1]} if found and found[-1] is not None else {}
+
+
 def run_deeplab(args, run, method, mask_flags, seed, kept):
     """Train DeepLabv2 on the masks of the training split; what its results.json says."""
     seg, masks = run, []
@@ -165,6 +172,7 @@ def run_variant(args, train_flags, mask_flags, seed):
     scores = {column: 100 * results[masks]["miou"] for column, masks in columns.items()}
     for masks, prefix in (("bpm", ""), ("cam", "cam: "), ("pred", "pred: ")):
         scores |= columns_of(results[masks], prefix) if masks in results else {}
+    scores |= val_map(trained)
     if args.full:
         results["deeplab"] = run_deeplab(args, run, method, mask_flags, seed, kept_masks)
         scores["DeepLabv2"] = 100 * results["deeplab"]["miou"]

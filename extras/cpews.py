@@ -49,10 +49,10 @@ def parse_args(argv=None):
     add("--val-split", "val", "split that scores the network at every save; none: no score")
     add("--val-images", 100, "that score is over the first so many images")
     add("--backbone", "vit_base_patch16_224.orig_in21k_ft_in1k", "any plain ViT of timm (or "
-        "vit_toy), E1", toy="vit_toy", photo="vit_small_photo")
-    add("--crop", 448, "S, side of the random crop in pixels", toy=96, photo=128, low=1)
+        "vit_toy), E1", toy="vit_toy", photo="vit_lite0")
+    add("--crop", 448, "S, side of the random crop in pixels", toy=96, photo=320, low=1)
     add("--rescale", [0.5, 2.0], "range of the random rescaling", toy=[1.0, 1.0],
-        photo=[0.5, 1.0], nargs=2, low=0.01, high=100)
+        photo=[1.0, 1.75], nargs=2, low=0.01, high=100)
     add("--jitter", True, "change brightness, contrast and saturation at random", toy=False)
     add("--batch-size", 4, "images of one step", toy=16, photo=16, low=1)
     add("--iterations", 20000, "steps after the warm-up", coco=80000, toy=300, photo=500,
@@ -69,10 +69,10 @@ def parse_args(argv=None):
         high=1000)
     add("--lr-warm-up", 1500, "steps over which the rates rise linearly", toy=100, photo=100)
     add("--aux-block", 10, "a, the block whose output is A, E2; the last one: A = F", toy=3,
-        photo=3, low=1)
+        photo=1, low=1)
     add("--fov-dilation", 5, "of the decoder's two 3x3 convolutions, E5", toy=1, photo=1, low=1)
     add("--cam-scales", [1.0, 0.5, 1.5], "input scales of the class maps, E6", toy=[1.0],
-        photo=[0.75], nargs="+", low=0.01, high=100)
+        photo=[1.5], nargs="+", low=0.01, high=100)
     add("--cam-high", 0.7, "foreground is above it, E7 and E14", coco=0.65, toy=0.6,
         photo=0.3, high=1)
     add("--cam-low", 0.25, "background is below it; unsure is what lies between", toy=0.45,
@@ -93,7 +93,7 @@ def parse_args(argv=None):
     add("--par-dilations", [1, 2, 4, 8, 12, 24], "distances of PAR's neighbours, E13, in pixels "
         "of the image at half size", toy=[1, 2, 4], photo=[1, 2, 4, 8], nargs="+", low=1, high=1000)
     add("--scales", [1.0, 1.25, 1.5], "input scales of the prediction, which takes their maximum",
-        toy=[1.0], photo=[0.75], nargs="+", low=0.01, high=100)
+        toy=[1.0], photo=[1.5], nargs="+", low=0.01, high=100)
     crf.add_crf_flags(add, "none", sxy=121.0, srgb=5.0)
     return checked(flags, argv)
 

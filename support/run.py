@@ -120,10 +120,10 @@ class Flags:
         return argparse.Namespace(**chosen | given | dict(preset=preset))
 
 
-def stage_flags(doc, trains=False, bf16=("voc-small",), pretrained=True):
+def stage_flags(doc, trains=False, bf16=("voc-small",)):
     """The flags that all four stages share, and those of the two which train.
 
-    bf16: presets that a CPU which computes in bfloat16 runs in it; pretrained: voc's default.
+    bf16: presets that a CPU which computes in bfloat16 runs in it.
     """
     flags = Flags(doc)
     add = flags.add
@@ -146,7 +146,7 @@ def stage_flags(doc, trains=False, bf16=("voc-small",), pretrained=True):
             type=number(int, 1, 10**5))
         return flags
     add("--weights", None, "local copy of the backbone's timm weights, instead of the hub's")
-    add("--pretrained", pretrained, "start from the backbone's ImageNet weights, not from random "
+    add("--pretrained", True, "start from the backbone's ImageNet weights, not from random "
         "ones", toy=False)
     add("--seed", 0, "of the weights, the order and the augmentation", high=2**31 - 1)
     add("--compile", False, "torch.compile the network: meant for GPUs and long runs")
@@ -223,12 +223,10 @@ def progress(items, desc, total=None, disable=False):
 
 # --- checkpoints: RUN/cls.pt, RUN/seg.pt, RUN/cpews.pt -----------------------------------------
 
-MADE_BY = {"cls": "train_cls.py", "seg": "train_seg.py", "cpews": "extras/cpews.py",
-           "pretrain": "extras/pretrain.py"}
+MADE_BY = {"cls": "train_cls.py", "seg": "train_seg.py", "cpews": "extras/cpews.py"}
 NEEDED = {"cls": "config model optimizer classes ids labels --seed epoch --epochs --size".split(),
           "seg": "config model optimizer classes ids labels --seed step".split(),
-          "cpews": "config model optimizer classes ids labels pools --seed step".split(),
-          "pretrain": "config model optimizer classes images --seed epoch".split()}
+          "cpews": "config model optimizer classes ids labels pools --seed step".split()}
 FREE = ("data run preset device workers amp compile weights pretrained tokens resume "
         "overwrite").split()
 

@@ -559,15 +559,15 @@ def small(tmp_path_factory):
 
 
 def test_the_photo_preset_trains_the_hybrid_of_cpf_cte(small, tmp_path):
-    """Same backbone in both methods: patches by a ResNet, four blocks, no class token."""
+    """Same backbone in both methods: patches by a CNN, two blocks, no class token."""
     in_process(cpews, "--data", small, "--run", tmp_path, "--preset", "photo", "--no-pretrained",
                "--warm-up", "1", "--iterations", "1", "--ism-from", "0", "--batch-size", "2",
                "--val-images", "1", "--workers", "0")
     model, _ = load_model(tmp_path / "cpews.pt", "cpews", CPEWSConfig, CPEWS)
     stage_1 = train_cls.parse_args([*TOY[:-1], "photo"])
-    assert model.config.backbone == stage_1.backbone and model.config.aux_block == 3
+    assert model.config.backbone == stage_1.backbone and model.config.aux_block == 1
     features, aux = model.eval().encode(torch.rand(1, 3, stage_1.size, stage_1.size))
-    assert features.shape == aux.shape == (1, 192, 16, 16) and not torch.equal(features, aux)
+    assert features.shape == aux.shape == (1, 320, 14, 14) and not torch.equal(features, aux)
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert {"ism", "pdl", "ssl", "seg", "val_cam", "val_pred"} <= {*last}
 
