@@ -34,27 +34,28 @@ def parse_args(argv=None):
     add("--val-images", 100, "that score is over the first so many images")
     add("--masks", None, "folder of the masks to learn (default: RUN/pseudo)", type=Path)
     add("--rescale", [0.5, 1.5], "range of the random rescaling in training", toy=[0.75, 1.25],
-        photo=[0.8, 1.5], nargs=2, low=0.01, high=100)
+        photo=[0.7, 1.2], nargs=2, low=0.01, high=100)
     add("--crop", 321, "side of the random crop in pixels", toy=96, voc_small=161, photo=193, low=1)
     add("--backbone", "resnet101.tv_in1k", "a CNN of timm that can keep the output stride",
         toy="resnet_toy", voc_small="resnet18.tv_in1k", photo="tf_efficientnet_lite0.in1k")
     add("--output-stride", 8, "pixels of the image to one of the network's outputs", photo=16,
         choices=(8, 16, 32))
     add("--scales", [1.0, 0.75, 0.5], "input scales that the loss and the maximum are over; the "
-        "first is the reference", toy=[1.0], voc_small=[1.0], photo=[0.6], nargs="+", low=0.01,
+        "first is the reference", toy=[1.0], voc_small=[1.0], photo=[1.0], nargs="+", low=0.01,
         high=100)
     add("--rates", [6, 12, 18, 24], "dilations of ASPP", toy=[1, 2, 3, 4],
         photo=[1, 2, 3, 4], nargs="+", low=1)
     add("--freeze-bn", True, "keep the batch norms of the ImageNet weights", toy=False)
     add("--batch-size", 10, "images of one iteration, over all ranks together", low=1)
     add("--iterations", 20000, "optimiser steps; the poly decay ends there", coco=100000, toy=1500,
-        voc_small=1500, photo=3000, low=1)
-    add("--save-every", 1000, "iterations between two checkpoints", coco=5000, toy=500, low=1)
-    add("--lr", 2.5e-4, "of the backbone, before the poly decay", toy=0.02, photo=0.003, low=1e-9,
+        voc_small=1500, photo=600, low=1)
+    add("--save-every", 1000, "iterations between two checkpoints", coco=5000, toy=500, photo=200,
+        low=1)
+    add("--lr", 2.5e-4, "of the backbone, before the poly decay", toy=0.02, photo=0.002, low=1e-9,
         high=10)
-    add("--warm-up", 0, "first iterations, over which the rates rise linearly", toy=50, photo=300)
+    add("--warm-up", 0, "first iterations, over which the rates rise linearly", toy=50, photo=100)
     add("--aspp-lr", 10.0, "ASPP's rate as a multiple of --lr; its biases get twice that", toy=1.0,
-        photo=1.0, high=1000)
+        photo=0.03, high=1000)
     args = flags.parse(argv)
     if args.rescale[0] > args.rescale[1]:
         flags.error("--rescale: the smaller number comes first")

@@ -2,11 +2,13 @@
 
 Run:    python extras/figures.py --data data/toy          (after ablate.py table4 --data data/toy)
         python extras/figures.py run --run runs/mine      (any run folder)
+        python extras/figures.py shown --run runs/photo   (a run that knows cat and person)
 Writes: OUT/fig6.png    image, truth, baseline, ours: the best, the median and the worst image
         OUT/fig7.png    IoU of each class, baseline against ours, over all seeds
         OUT/curves.png  loss and val mAP of Table 4's variants, over all seeds
         OUT/context.png one image inside the network: class-token attention, and the patch
                         probabilities before and after the CF-BiLSTM
+        shown: RUN/shown.png, photographs of scikit-image that anybody may show, stage by stage
         run: RUN/curves.png, from log.jsonl; RUN/classes.png and RUN/confusion.png, the IoU and
         the confusion matrix of results.json
 """
@@ -22,12 +24,16 @@ import torch
 from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import make_pseudo  # noqa: E402
 from ablate import STUDIES, folder_name  # noqa: E402  the scripts are no package
 from data import Folder, Images, read_image, read_mask, voc_palette  # noqa: E402
-from evaluate import confusion_of, miou  # noqa: E402
+from evaluate import confusion_of, miou, predict, predict_logits  # noqa: E402
 from model import classification_loss, load_model, pool_patches  # noqa: E402
+from support.crf import crf_settings  # noqa: E402
 from support.run import DataError, atomic, in_workers, launch, read_text  # noqa: E402
 
+# photographs of scikit-image: CC0 or in the public domain, as its documentation says of each
+SHOWN = {"chelsea": "cat", "astronaut": "person", "camera": "person"}
 PROBE_IMAGES, PROBE_PASSES = 512, 20  # of the classifier that reads the tokens before the CF-BiLSTM
 
 
@@ -36,8 +42,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", nargs="?", choices=("table4", "run"), default="table4", help="a study or one run")
-    add("--run", type=Path, help="run: its folder")
+    add("what", nargs="?", choices=("table4", "run", "shown"), default="table4",
+        help="a study, one run, or its masks of photographs that may be shown")
+    add("--run", type=Path, help="run, shown: its folder")
     add("--data", type=Path, help="table4: data set folder")
     add("--runs", type=Path, default=Path("runs/ablate"), help="what was --out of ablate.py")
     add("--out", type=Path, help="folder of the pictures (default: RUNS/NAME_OF_DATA)")
@@ -45,10 +52,10 @@ def parse_args(argv=None):
     add("--workers", type=int, default=2, help="processes that score the images")
     add("--masks", choices=("bpm", "pseudo"), default="pseudo", help="before or after the CRF")
     args = parser.parse_args(argv)
-    needed = {"table4": "data", "run": "run"}[args.what]
+    needed = "data" if args.what == "table4" else "run"
     if getattr(args, needed) is None:
         parser.error(f"--{needed} is needed")
-    if args.what == "run":
+    if needed == "run":
         return args
     args.runs = args.runs / args.data.resolve().name
     args.out = args.out or args.runs
@@ -287,10 +294,46 @@ def draw_run(run):
     draw_confusion(run, results)
 
 
+@torch.no_grad()
+def draw_shown(run):
+    """Photographs that may be shown: BPM and pseudo mask, which know the label, and DeepLabv2."""
+    try:
+        from skimage import data as photographs
+    except ImportError:
+        raise DataError("scikit-image has the photographs: pip install scikit-image")
+    classifier, checkpoint = load_model(run / "cls.pt", "cls")
+    segmenter, _ = load_model(run / "seg.pt", "seg")
+    classes, settings = checkpoint["classes"], checkpoint["args"]
+    shown = {name: label for name, label in SHOWN.items() if label in classes}
+    if not shown:
+        raise DataError(f"{run} knows none of {', '.join({*SHOWN.values()})}")
+    crf = crf_settings(make_pseudo.parse_args(["--data", ".", "--run", str(run), "--preset",
+                                               settings["preset"]]), torch.device("cpu"))
+    figure, axes = plt.subplots(len(shown), 4, figsize=(8, 2.1 * len(shown)), squeeze=False,
+                                layout="constrained")
+    for row, (name, label) in zip(axes, shown.items()):
+        photo = Image.fromarray(getattr(photographs, name)()).convert("RGB")
+        photo.thumbnail((384, 384))
+        image, y = np.array(photo), torch.zeros(len(classes))
+        y[[0, classes.index(label)]] = 1
+        pixels = photo.resize((settings["size"],) * 2, Image.Resampling.BICUBIC)
+        Y = classifier(torch.tensor(np.array(pixels)).permute(2, 0, 1)[None] / 255)[0]
+        masks = make_pseudo.pseudo_masks(image, *make_pseudo.present_probs(Y, y), crf)
+        masks = [*masks, predict(predict_logits(segmenter, image, torch.device("cpu"), False),
+                                 image, crf)]
+        titles = f"{name}, label: {label}", "BPM (Eq. 10)", "pseudo mask (CRF)", "DeepLabv2 + CRF"
+        show(row[0], image, titles[0])
+        for axis, mask, title in zip(row[1:], masks, titles[1:]):
+            found = ", ".join(classes[k] for k in np.unique(mask) if k)
+            overlay = 0.4 * image + 0.6 * voc_palette()[mask] * (mask > 0)[..., None]
+            show(axis, overlay.astype(np.uint8), f"{title}: {found or 'nothing'}")
+    save(figure, run / "shown.png")
+
+
 def main(args):
     matplotlib.use("Agg")
-    if args.what == "run":
-        return draw_run(args.run)
+    if args.what != "table4":
+        return {"run": draw_run, "shown": draw_shown}[args.what](args.run)
     torch.set_flush_denormal(True)
     folder, runs = Folder(args.data), scored_runs(args)
     baseline, ours = runs["baseline"][0][0], runs["both"][0][0]  # of the first seed

@@ -1,8 +1,11 @@
 """The studies and figures of extras/: known answers, and a tiny study as a person runs it."""
+import csv
 import json
 import math
 import os
 import shlex
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ import patch_grid
 import train_cls
 import train_seg
 from conftest import in_process
+from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig
 from support import run
 from support.run import DataError
 
@@ -177,14 +181,21 @@ def test_a_study_from_another_folder_passes_its_flags_on(toy, tmp_path, calls, m
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(ablate.STUDIES, "one", [("max pooling", 68.1, "--pool max", "")])
     ablate.main(ablate.parse_args([
-        "one", "--seeds", "3", "--data", os.path.relpath(toy), "--cls-flags=--epochs 1",
+        "one", "--seeds", "3", "--data", os.path.relpath(toy), "--method", "ours", "--tokens",
+        "kept", "--cls-flags=--epochs 1 --augment --train-blocks 0",
         "--flags=--preset toy --no-amp"]))
+    assert (tmp_path / "kept").stat().st_size > 2 * 32 * 145 * 128  # of train and val
     assert [script for script, _ in calls] == ["train_cls.py", "make_pseudo.py",
                                                "evaluate.py", "evaluate.py"]
     checkpoint = torch.load(tmp_path / "runs/ablate/toy/pool_max/s3/cls.pt", weights_only=True)
     args = checkpoint["args"]
     assert (args["pool"], args["seed"], args["epochs"], args["amp"]) == ("max", 3, 1, False)
     assert "| max pooling | 68.1 | 1 |" in (tmp_path / "runs/ablate/toy/one-val.md").read_text()
+    raw = list(csv.DictReader((tmp_path / "runs/ablate/toy/one-val.csv").open()))
+    bpm = json.loads((tmp_path / "runs/ablate/toy/pool_max/s3/scores-val.json").read_text())
+    assert {row["metric"] for row in raw} >= {"BPM", "CRF", "val mAP", "body found"}
+    assert raw[0] == dict(data="toy", method="ours", variant="max pooling", split="val", seed="3",
+                          metric="BPM", value=f"{bpm['scores']['BPM']:.2f}")
 
 
 def test_a_command_keeps_its_output_and_a_failing_one_is_named(toy, tmp_path):
@@ -221,6 +232,30 @@ def test_figures_of_a_tiny_table_4(toy, tmp_path, calls, monkeypatch):
                ((truth == c) | ((guess == c) & (truth != 255))).sum()
                for c in set(truth.ravel().tolist()) - {255}]
     assert iou == pytest.approx(np.mean(by_hand))
+
+
+def test_photographs_that_may_be_shown_are_drawn_stage_by_stage(toy, tmp_path, monkeypatch):
+    folder = data.Folder(toy)
+    content = dict(classes=folder.classes, ids=[], labels=[], optimizer={}, epoch=1, step=1)
+    words = ["--data", str(toy), "--run", str(tmp_path)]
+    for kind, stage, network in (
+            ("cls", train_cls, CPFCTE(ClassifierConfig(9, "vit_toy"))),
+            ("seg", train_seg, DeepLabv2(SegmenterConfig(9, "resnet_toy", (1,), (1.0,))))):
+        run.save_checkpoint(tmp_path / f"{kind}.pt", kind, network, stage.parse_args(words),
+                            **content)
+    draw = figures.parse_args(["shown", "--run", str(tmp_path)])
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(DataError, match="pip install scikit-image"):
+        figures.main(draw)
+    random = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    photographs = types.SimpleNamespace(chelsea=lambda: random, camera=lambda: random[..., 0])
+    monkeypatch.setitem(sys.modules, "skimage", types.SimpleNamespace(data=photographs))
+    with pytest.raises(DataError, match="knows none of"):
+        figures.main(draw)
+    monkeypatch.setattr(figures, "SHOWN", dict(zip(("chelsea", "camera"), folder.classes[1:])))
+    figures.main(draw)
+    with Image.open(tmp_path / "shown.png") as picture:
+        assert min(picture.size) > 200 and len(picture.convert("RGB").getcolors(10**6)) > 20
 
 
 # --- the patch-grid bound ----------------------------------------------------------------------

@@ -101,10 +101,10 @@ def test_help_shows_the_default_of_every_preset(flags, capsys):
 
 
 @pytest.mark.parametrize("stage, words", [
-    (train_cls, "SIZE x SIZE (default 384, toy 96, voc-small 224, photo 128)"),
+    (train_cls, "SIZE x SIZE (default 384, toy 96, voc-small 224, photo 448)"),
     (make_pseudo, "960 for 384 (default 2.5, toy 1.0, photo 1.0)"),
-    (make_pseudo, "deviation in pixels (default 67.0, toy 30.0, photo 50.0)"),
-    (train_seg, "ends there (default 20000, coco 100000, toy 1500, voc-small 1500, photo 3000)"),
+    (make_pseudo, "deviation in pixels (default 67.0, toy 30.0, photo 80.0)"),
+    (train_seg, "ends there (default 20000, coco 100000, toy 1500, voc-small 1500, photo 600)"),
     (evaluate, "split to predict and score (default val, toy test)")])
 def test_help_of_every_stage_shows_its_presets(stage, words, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -117,7 +117,7 @@ def test_help_of_every_stage_shows_its_presets(stage, words, capsys):
 @pytest.mark.parametrize("preset, values", [
     ("voc", ("trainaug", 384, 50, 16, 1e-3, 6)), ("coco", ("train", 384, 50, 16, 1e-3, 6)),
     ("toy", ("train", 96, 6, 16, 1e-3, 12)), ("voc-small", ("train", 224, 12, 16, 1e-3, 6)),
-    ("photo", ("train", 128, 3, 16, 1e-3, 96))])
+    ("photo", ("train", 448, 1, 16, 1e-3, 50))])
 def test_the_recipe_of_stage_1(tmp_path, preset, values):
     (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
     (tmp_path / "ImageSets/Segmentation/trainaug.txt").touch()
