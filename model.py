@@ -145,8 +145,8 @@ class CPFCTE(Network):
                 module.apply(initialise)
         if config.class_tokens in ("soft", "all"):  # starts as the model without class tokens
             nn.init.eye_(self.enhance_proj.weight)
-        if pretrained or weights:  # else chance decides which side of an image is the object:
-            nn.init.zeros_(self.classifier.weight)  # docs/PHOTOGRAPHS.md
+        if pretrained or weights:  # the images decide, not chance: docs/PHOTOGRAPHS.md
+            nn.init.zeros_(self.classifier.weight)
         self.blocks_left = 0  # the last blocks, which tokens kept by --tokens have not been through
 
     def forward(self, images):

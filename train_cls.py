@@ -47,7 +47,8 @@ def parse_args(argv=None):
         "border of the images and every other class from their centre; 0: none", toy=0)
     add("--epochs", 50, "passes over the training images", toy=6, voc_small=12, photo=1, low=1)
     add("--batch-size", 16, "images of one step, over all ranks together", low=1)
-    add("--frozen-epochs", 2, "first epochs, in which the backbone does not learn", toy=0)
+    add("--frozen-epochs", 2, "first epochs, in which the backbone does not learn", toy=0,
+        photo=0)
     add("--train-blocks", 5, "last blocks that learn after that; more than there are: all of it",
         toy=5, photo=0)
     add_tokens_flag(add)

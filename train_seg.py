@@ -48,8 +48,8 @@ def parse_args(argv=None):
     add("--freeze-bn", True, "keep the batch norms of the ImageNet weights", toy=False)
     add("--batch-size", 10, "images of one iteration, over all ranks together", low=1)
     add("--iterations", 20000, "optimiser steps; the poly decay ends there", coco=100000, toy=1500,
-        voc_small=1500, photo=600, low=1)
-    add("--save-every", 1000, "iterations between two checkpoints", coco=5000, toy=500, photo=200,
+        voc_small=1500, photo=1200, low=1)
+    add("--save-every", 1000, "iterations between two checkpoints", coco=5000, toy=500, photo=400,
         low=1)
     add("--lr", 2.5e-4, "of the backbone, before the poly decay", toy=0.02, photo=0.002, low=1e-9,
         high=10)

@@ -309,10 +309,11 @@ def draw_shown(run):
         raise DataError(f"{run} knows none of {', '.join({*SHOWN.values()})}")
     crf = crf_settings(make_pseudo.parse_args(["--data", ".", "--run", str(run), "--preset",
                                                settings["preset"]]), torch.device("cpu"))
-    figure, axes = plt.subplots(len(shown), 4, figsize=(8, 2.1 * len(shown)), squeeze=False,
-                                layout="constrained")
-    for row, (name, label) in zip(axes, shown.items()):
-        photo = Image.fromarray(getattr(photographs, name)()).convert("RGB")
+    photos = [Image.fromarray(getattr(photographs, name)()).convert("RGB") for name in shown]
+    shapes = [photo.height / photo.width for photo in photos]
+    figure, axes = plt.subplots(len(shown), 4, figsize=(8, 0.3 + 2.1 * sum(shapes)), squeeze=False,
+                                layout="constrained", height_ratios=shapes)
+    for row, photo, (name, label) in zip(axes, photos, shown.items()):
         photo.thumbnail((384, 384))
         image, y = np.array(photo), torch.zeros(len(classes))
         y[[0, classes.index(label)]] = 1
@@ -325,7 +326,8 @@ def draw_shown(run):
         show(row[0], image, titles[0])
         for axis, mask, title in zip(row[1:], masks, titles[1:]):
             found = ", ".join(classes[k] for k in np.unique(mask) if k)
-            overlay = 0.4 * image + 0.6 * voc_palette()[mask] * (mask > 0)[..., None]
+            strength = 0.6 * (mask > 0)[..., None]
+            overlay = (1 - strength) * image + strength * voc_palette()[mask]
             show(axis, overlay.astype(np.uint8), f"{title}: {found or 'nothing'}")
     save(figure, run / "shown.png")
 

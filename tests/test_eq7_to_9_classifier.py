@@ -79,7 +79,7 @@ def test_top_k_pooling_has_max_and_average_as_its_limits():
 
 @pytest.mark.parametrize("K", [1, 5, h * w])
 def test_patches_that_tie_count_alike_whatever_their_order(K):
-    Y = torch.randint(0, 3, (B, h, w, C)) / 2
+    Y = torch.randint(0, 3, (B, h, w, C), device="cuda" if torch.cuda.is_available() else "cpu") / 2
     Y[0] = 0.25  # all tie, as at a start at zero
     gradients = []
     for order in (torch.arange(h * w), torch.randperm(h * w)):
@@ -89,7 +89,7 @@ def test_patches_that_tie_count_alike_whatever_their_order(K):
         scores.square().sum().backward()
         gradients.append(shuffled.grad.flatten(1, 2)[:, order.argsort()])
     torch.testing.assert_close(*gradients)
-    torch.testing.assert_close(gradients[0][0], torch.full((h * w, C), 0.5 / (h * w)))
+    torch.testing.assert_close(gradients[0][0].cpu(), torch.full((h * w, C), 0.5 / (h * w)))
 
 
 def test_places_are_the_two_outer_rings_and_the_inner_ten_of_sixteen():

@@ -104,7 +104,7 @@ def test_help_shows_the_default_of_every_preset(flags, capsys):
     (train_cls, "SIZE x SIZE (default 384, toy 96, voc-small 224, photo 448)"),
     (make_pseudo, "960 for 384 (default 2.5, toy 1.0, photo 1.0)"),
     (make_pseudo, "deviation in pixels (default 67.0, toy 30.0, photo 80.0)"),
-    (train_seg, "ends there (default 20000, coco 100000, toy 1500, voc-small 1500, photo 600)"),
+    (train_seg, "ends there (default 20000, coco 100000, toy 1500, voc-small 1500, photo 1200)"),
     (evaluate, "split to predict and score (default val, toy test)")])
 def test_help_of_every_stage_shows_its_presets(stage, words, capsys):
     with pytest.raises(SystemExit) as caught:
