@@ -42,6 +42,10 @@ STUDIES = {
                      for t in ("none", "soft", "all", "append")],
     "context": [(c, "-", f"--context {c}" * (c != "hv"), "")
                 for c in ("none", "hv", "raster", "conv", "pool")],
+    "choose": [(f"K {k} rate {lr} epochs {n}", "-", "--class-tokens none --context none "
+                f"--top-k {k} --lr {lr} --epochs {n}", "--crf none")  # read by extras/choose.py
+               for k in (6, 24, 50, 100) for lr in ("1e-4", "3e-4", "1e-3", "3e-3")
+               for n in (1, 2, 4)],
     "max-norm": [("with", "-", "", ""), ("without", "-", "", "--no-max-norm")],
     "crf": [(c, "-", "", "--crf-sxy {} --crf-srgb {} --crf-compat {}".format(*c.split("/")))
             for c in ("67/3/4", "121/5/4", "50/5/10", "80/13/10")],
@@ -118,11 +122,13 @@ def columns_of(results, prefix):
         f"{prefix}background called object": 100 * sum(rest) / (background + sum(rest))}
 
 
-def val_map(run):
-    """{"val mAP": %} of the last epoch in RUN/log.jsonl; {} where stage 1 scored no split."""
+def of_training(run):
+    """{"val mAP": %, "loss x100": of Eq. (9)} of stage 1's last epoch, where RUN/log.jsonl has it."""
     lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    found = [line.get("val_map") for line in lines if line["stage"] == "train_cls"]
-    return {"val mAP": 100 * found[-1]} if found and found[-1] is not None else {}
+    last = [line for line in lines if line["stage"] == "train_cls"][-1:]
+    return {name: 100 * line[key] for line in last
+            for name, key in (("val mAP", "val_map"), ("loss x100", "loss"))
+            if line.get(key) is not None}
 
 
 def run_deeplab(args, run, method, mask_flags, seed, kept):
@@ -165,6 +171,8 @@ def run_variant(args, train_flags, mask_flags, seed):
     if mask_flags and not (run / checkpoint).is_symlink():
         (run / checkpoint).symlink_to(f"../{checkpoint}")
     call(args, run, *write.split(), args.split, *mask_flags.split(), *kept_masks)
+    if "--crf none" in mask_flags:
+        columns = {name: masks for name, masks in columns.items() if masks != "pseudo"}
     results = {}
     for masks in columns.values():
         call(args, run, "evaluate.py", "--split", args.split, "--masks", run / masks)
@@ -172,7 +180,7 @@ def run_variant(args, train_flags, mask_flags, seed):
     scores = {column: 100 * results[masks]["miou"] for column, masks in columns.items()}
     for masks, prefix in (("bpm", ""), ("cam", "cam: "), ("pred", "pred: ")):
         scores |= columns_of(results[masks], prefix) if masks in results else {}
-    scores |= val_map(trained)
+    scores |= of_training(trained)
     if args.full:
         results["deeplab"] = run_deeplab(args, run, method, mask_flags, seed, kept_masks)
         scores["DeepLabv2"] = 100 * results["deeplab"]["miou"]
@@ -231,13 +239,14 @@ def pairs(rows, results, scores):
 
 
 def tables(rows, results):
-    """Three tables: the masks' mIoU with the gain of the last step, what they find, all gains."""
+    """The masks' mIoU with the gain of the last step, what they find, all gains of a few rows."""
     names = [name for name in results[0][0] if all(name in seed for row in results for seed in row)]
     masks = [name for name in ("BPM", "CRF", "cam", "pseudo", "pred", "DeepLabv2") if name in names]
     found = [name for name in names if name not in masks]
     last = next(name for name in ("DeepLabv2", "pred", "BPM") if name in masks)
     return [*table(rows, results, masks, last),
-            *(["", *table(rows, results, found)] * bool(found)), "", *pairs(rows, results, names)]
+            *(["", *table(rows, results, found)] * bool(found)),
+            *(["", *pairs(rows, results, names)] if len(rows) <= 12 else [])]
 
 
 def raw_lines(args, rows, results):
