@@ -3,6 +3,7 @@
 Run:    python data.py toy --root data/toy                            (12 s, nothing is downloaded)
         python data.py voc --root data/VOC2012 [--sbd DIR] [--download]
         python data.py coco --root data/COCO2014 [--train-masks] [--download]
+        python data.py labels --root data/mine        (image_labels.txt, from boxes or masks)
 Writes: ROOT/JPEGImages/ID.jpg                    the images, RGB
         ROOT/SegmentationClass/ID.png             palette masks to score: 0 background, 255 ignore
         ROOT/ImageSets/Segmentation/SPLIT.txt     one id a line
@@ -14,6 +15,7 @@ Any folder like that is a data set; only preset.txt and Parts/ tell the stages w
 """
 import argparse
 import hashlib
+import re
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
@@ -35,6 +37,23 @@ AUGMENT = {  # of stage 1; the paper names none, the jitter's strength is ours
 
 
 # --- the folder --------------------------------------------------------------------------------
+def line_id(line, where):
+    """The id that a line of a split names: ID, or as the field's lists have it ID.jpg, or
+    /JPEGImages/ID.jpg /SegmentationClassAug/ID.png.
+    """
+    names = [re.sub(r"^/?(JPEGImages|SegmentationClass\w*)/", "", word) for word in line.split()]
+    names = [re.sub(r"\.(jpe?g|png)$", "", name, flags=re.IGNORECASE) for name in names]
+    if len(names) == 2 and names[1] in ("1", "0", "-1"):
+        raise DataError(f"{where}: {line!r} is of ImageSets/Main, which lists for one class where "
+                        "it shows: take the lists of ImageSets/Segmentation, or one ID a line")
+    if len({*names}) > 1:
+        raise DataError(f"{where}: {line!r} has a blank, which no id may have: rename the file")
+    image_id = names[0]
+    if Path(image_id).name != image_id or "\\" in image_id or image_id.startswith("."):
+        raise DataError(f"{where}: {image_id!r} is no name of a file")
+    return image_id
+
+
 class Folder:
     """A data set folder: its class names, splits, image labels, images and masks."""
 
@@ -42,7 +61,7 @@ class Folder:
         self.root = Path(root)
         if not self.root.is_dir():
             raise DataError(f"{root} not found: make it with data.py (python data.py --help)")
-        where, self.classes = self.root / "classes.txt", self._lines("classes.txt")
+        where, self.classes = self.root / "classes.txt", [*self._lines("classes.txt").values()]
         for name in self.classes:
             if len(name.split()) != 1 or self.classes.count(name) > 1:
                 raise DataError(f"{where}: {name!r} has a space, or is there twice")
@@ -54,10 +73,14 @@ class Folder:
             raise DataError(f"{where} has other classes than the checkpoint was trained on")
 
     def _lines(self, name):
+        """{number: line} of a text file, without those that are blank."""
         path = self.root / name
         if not path.is_file():
-            raise DataError(f"{path} not found: run data.py, or write it (docs/DATA.md)")
-        lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+            inside = self.root / "VOC2012"  # of VOCdevkit
+            cure = f"pass --data {inside}" if inside.is_dir() else "run data.py, or write it"
+            raise DataError(f"{path} not found: {cure} (docs/DATA.md)")
+        lines = {k: line.strip() for k, line in enumerate(read_text(path).splitlines(), 1)
+                 if line.strip()}
         if not lines:
             raise DataError(f"{path} is empty")
         return lines
@@ -65,20 +88,18 @@ class Folder:
     def ids(self, split):
         """The ids of ImageSets/Segmentation/SPLIT.txt, in its order."""
         name = f"ImageSets/Segmentation/{split}.txt"
-        ids = [line.split()[0] for line in self._lines(name)]
-        for image_id in ids:
-            if Path(image_id).name != image_id or "\\" in image_id or image_id.startswith("."):
-                raise DataError(f"{self.root / name}: {image_id!r} is no name of a file")
+        lines, where = self._lines(name), self.root / name
+        ids = [line_id(line, f"{where}, line {k}") for k, line in lines.items()]
         if len(set(ids)) < len(ids):
             twice = next(image_id for image_id in ids if ids.count(image_id) > 1)
-            raise DataError(f"{self.root / name} lists {twice} twice")
+            raise DataError(f"{where} lists {twice} twice")
         return ids
 
     @cached_property
     def _labels(self):
         """{id: names} of image_labels.txt."""
         labels = {}
-        for image_id, *names in map(str.split, self._lines("image_labels.txt")):
+        for image_id, *names in map(str.split, self._lines("image_labels.txt").values()):
             if image_id in labels:
                 raise DataError(f"{self.root}/image_labels.txt has two lines for {image_id}")
             labels[image_id] = names
@@ -98,25 +119,41 @@ class Folder:
             labels[self.classes.index(name)] = 1
         return labels
 
+    def names(self, image_id):
+        """{numbers of the object classes} in the image's labels; None where it has no line."""
+        if (self.root / "image_labels.txt").is_file() and image_id in self._labels:
+            return {*self.image_labels(image_id)[1:].nonzero().flatten().add(1).tolist()}
+
     def fingerprint(self):
         """A short hash of all image labels."""
         facts = sorted((image_id, sorted(names)) for image_id, names in self._labels.items())
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def image_path(self, image_id):
-        """JPEGImages/ID.jpg, or .jpeg, or .png."""
-        paths = [self.root / f"JPEGImages/{image_id}{end}" for end in (".jpg", ".jpeg", ".png")]
-        return next((path for path in paths if path.is_file()), paths[0])
+        """JPEGImages/ID.jpg, or .jpeg, or .png, or those in capitals."""
+        return first_file(self.root / f"JPEGImages/{image_id}{end}" for end in
+                          (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG"))
 
     def mask_path(self, image_id):
         """SegmentationClass/ID.png, the ground truth: for scoring, never for training."""
-        return self.root / "SegmentationClass" / f"{image_id}.png"
+        return mask_in(self.root / "SegmentationClass", image_id)
+
+
+def first_file(paths):
+    """The first that exists; where none does, the first."""
+    paths = [*paths]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
+def mask_in(directory, image_id):
+    """The path of an image's mask in a folder: ID.png, or ID.PNG if that is there."""
+    return first_file(directory / f"{image_id}{end}" for end in (".png", ".PNG"))
 
 
 def decode(path):
     """A PIL image as the file has it; one that cannot be read is named."""
     if not Path(path).is_file():
-        raise DataError(f"{path} not found")
+        raise DataError(f"{path} {'is a folder' if Path(path).is_dir() else 'not found'}")
     try:
         with Image.open(path) as image:
             image.load()
@@ -192,6 +229,10 @@ class Images(Dataset):
 
     def __init__(self, folder, ids, size=1):
         self.folder, self.ids, self.size = folder, ids, size
+        for image_id in ids:  # one that is missing is named before any work
+            if not folder.image_path(image_id).is_file():
+                raise DataError(f"{folder.image_path(image_id)} not found: add it, or take it out "
+                                "of the split")
         bicubic = v2.InterpolationMode.BICUBIC
         self.resize = v2.Compose([v2.Resize((size, size), bicubic), v2.PILToTensor()])
 
@@ -220,8 +261,8 @@ class LabelledImages(Images):
     """Stage 1: (index, draw) -> image (3, S, S) uint8 or kept tokens (n, D), labels (C,)."""
 
     def __init__(self, folder, ids, size, augment=(), seed=0):
-        super().__init__(folder, ids, size)
         self.seed, self.labels = seed, torch.stack([folder.image_labels(i) for i in ids])
+        super().__init__(folder, ids, size)
         self.augment = v2.Compose([AUGMENT[name] for name in augment] or [v2.Identity()])
 
     def __getitem__(self, item):
@@ -243,13 +284,13 @@ class MaskedImages(Images):
             v2.RandomCrop(crop, pad_if_needed=True, fill={Image.Image: fill, Mask: IGNORE}),
             v2.RandomHorizontalFlip(), v2.PILToTensor()])
         for image_id in ids:
-            if not (masks / f"{image_id}.png").is_file():
+            if not mask_in(masks, image_id).is_file():
                 raise DataError(f"{masks}/{image_id}.png not found: run make_pseudo.py first, on "
                                 "this split and with a CRF, or pass --masks")
 
     def __getitem__(self, item):
         index, draw = item
-        image, path = self.read(index), self.masks / f"{self.ids[index]}.png"
+        image, path = self.read(index), mask_in(self.masks, self.ids[index])
         mask = Image.fromarray(read_mask(path, len(self.folder.classes), image.size))
         with seeded(self.seed, draw):
             scale = torch.empty(()).uniform_(*self.rescale).item()
@@ -293,6 +334,14 @@ def batches(num_images, batch_size, seed, start, stop, rank=0, world=1):
         yield [(order[row], step * batch_size + row - first) for row in rows]
 
 
+def note_shared(ids, val_ids):
+    """Say how many images a score would be over that were trained on."""
+    shared = len({*ids} & {*val_ids})
+    if shared:
+        print(f"note: {shared:,} of {len(val_ids):,} images of val are trained on as well: its "
+              "score is too good", flush=True)
+
+
 # --- the command -------------------------------------------------------------------------------
 def write_folder(root, preset, classes, label_lines):
     """Write a folder's three readable files; image_labels.txt, the last one, completes it."""
@@ -302,11 +351,11 @@ def write_folder(root, preset, classes, label_lines):
 
 
 def parse_args(argv=None):
-    """`toy`, `voc` or `coco`, and where to."""
+    """`toy`, `voc`, `coco` or `labels`, and where to."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("dataset", choices=("toy", "voc", "coco"))
+    add("dataset", choices=("toy", "voc", "coco", "labels"))
     add("--root", type=Path, required=True, help="the data set folder")
     add("--num", type=number(int, 1, 99999), nargs=3, default=(1500, 200, 200), metavar="N",
         help="toy: images of train, val and test (default: 1500 200 200)")
@@ -319,15 +368,17 @@ def parse_args(argv=None):
 
 
 def main(args):
-    from support import beetles, coco, voc
+    from support import beetles, coco, labels, voc
     make, *options = {"toy": (beetles.make_toy, args.num, args.cooccur),
                       "voc": (voc.make_voc, args.sbd, args.download),
-                      "coco": (coco.make_coco, args.train_masks, args.download)}[args.dataset]
+                      "coco": (coco.make_coco, args.train_masks, args.download),
+                      "labels": (labels.make_labels,)}[args.dataset]
     make(args.root, *options)
     folder = Folder(args.root)
     splits = sorted((args.root / "ImageSets/Segmentation").glob("*.txt"))
     print(f"{args.root}: {len(folder.classes)} classes with background; "
-          + ", ".join(f"{path.stem} {len(folder.ids(path.stem)):,}" for path in splits))
+          + (", ".join(f"{path.stem} {len(folder.ids(path.stem)):,}" for path in splits)
+             or f"no split yet: write {args.root}/ImageSets/Segmentation/train.txt, one ID a line"))
 
 
 if __name__ == "__main__":

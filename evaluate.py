@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import (IGNORE, Folder, Images, decode, is_whole, loader, read_image, read_mask,
-                  save_mask, voc_palette)
+from data import (IGNORE, Folder, Images, decode, is_whole, loader, mask_in, read_image,
+                  read_mask, save_mask, voc_palette)
 from model import load_model, slide, upsample
 from support.crf import add_crf_flags, crf_settings, dense_crf
 from support.pictures import PICTURE, draw, draw_overlay
@@ -81,7 +81,7 @@ def miou(confusion):
 
 def confusion_of(folder, image_id, directory):
     """The confusion matrix of directory's mask of one image."""
-    C, paths = len(folder.classes), (folder.mask_path(image_id), directory / f"{image_id}.png")
+    C, paths = len(folder.classes), (folder.mask_path(image_id), mask_in(directory, image_id))
     truth, mask = (read_mask(path, C) for path in paths)
     if mask.shape != truth.shape:  # one of the two is wrong: say which
         size = read_image(folder.image_path(image_id)).size
@@ -90,10 +90,40 @@ def confusion_of(folder, image_id, directory):
 
 
 def score_masks(folder, ids, directory, workers=0):
-    """(confusion (C, C + 1), images scored): directory's masks against those that folder has."""
+    """(confusion (C, C + 1), about): directory's masks against those that folder has.
+
+    about says what the score is over; notes tell where that is not all of ids, or where the truth
+    holds other classes than image_labels.txt names.
+    """
     C = len(folder.classes)
-    jobs = [(folder, i, directory) for i in ids if folder.mask_path(i).is_file()]
-    return sum(in_workers(confusion_of, jobs, workers), np.zeros((C, C + 1), np.int64)), len(jobs)
+    confusion, about = np.zeros((C, C + 1), np.int64), dict.fromkeys(
+        ("num_images", "classes_scored", "unnamed", "lacking"), 0)
+    scored = [i for i in ids if folder.mask_path(i).is_file()]
+    jobs = [(folder, i, directory) for i in scored]
+    for image_id, of_image in zip(scored, in_workers(confusion_of, jobs, workers)):
+        confusion += of_image
+        named, occurs = folder.names(image_id), {*np.flatnonzero(of_image.sum(1)).tolist()} - {0}
+        about["unnamed"] += named is not None and not occurs <= named
+        about["lacking"] += named is not None and not named <= occurs
+    about |= dict(num_images=len(scored), classes_scored=int((confusion.sum(1) > 0).sum()))
+    if scored:
+        note_truth(folder, ids, scored, confusion, about)
+    return confusion, about
+
+
+def note_truth(folder, ids, scored, confusion, about):
+    """Say in a line each what about a score may be other than it seems."""
+    where = folder.root / "SegmentationClass"
+    if len(scored) < len(ids):
+        print(f"note: {len(ids) - len(scored):,} of {len(ids):,} images are not scored: {where} "
+              f"has no {min({*ids} - {*scored})}.png", flush=True)
+    if not confusion[1:].any():
+        print(f"note: no class but background occurs in {where}: are its objects 255, or is it of "
+              "other images?", flush=True)
+    elif about["unnamed"] or about["lacking"]:
+        print(f"note: the truth of {about['unnamed']:,} of {len(scored):,} images holds a class "
+              f"that their line in image_labels.txt does not name, {about['lacking']:,} lack one "
+              "that it names: are the masks numbered as in classes.txt?", flush=True)
 
 
 def part_recall(folder, ids, directory):
@@ -102,7 +132,7 @@ def part_recall(folder, ids, directory):
     found, total = np.zeros(len(names) + 1), np.zeros(len(names) + 1)
     for image_id in (i for i in ids if folder.mask_path(i).is_file()):
         truth = read_mask(folder.mask_path(image_id), len(folder.classes))
-        mask = read_mask(directory / f"{image_id}.png", len(folder.classes))
+        mask = read_mask(mask_in(directory, image_id), len(folder.classes))
         parts = read_mask(folder.root / "Parts" / f"{image_id}.png", len(names) + 1,
                           truth.shape[::-1])
         total += np.bincount(parts.ravel(), minlength=len(total))
@@ -111,14 +141,14 @@ def part_recall(folder, ids, directory):
 
 
 def score(folder, split, directory, about, workers, path=None):
-    """Print the table of directory's masks on the split; write results.json to path."""
+    """Write results.json of directory's masks on the split to path; print them as a table."""
     ids = folder.ids(split)
-    confusion, scored = score_masks(folder, ids, directory, workers)
-    if not scored:
+    confusion, truth = score_masks(folder, ids, directory, workers)
+    if not truth["num_images"]:
         raise DataError(f"no ground truth to score: {folder.root}/SegmentationClass has none of "
                         f"the masks of {split}")
     iou = dict(zip(folder.classes, iou_per_class(confusion).tolist()))
-    results = dict(about, split=split, num_images=scored, miou=miou(confusion),
+    results = dict(about, split=split, **truth, miou=miou(confusion),
                    iou={name: None if np.isnan(v) else v for name, v in iou.items()},
                    pixel_accuracy=float(np.trace(confusion) / confusion.sum())
                    if confusion.any() else None,
@@ -128,18 +158,20 @@ def score(folder, split, directory, about, workers, path=None):
     if (folder.root / "Parts/names.txt").is_file():
         results["part_recall"] = part_recall(folder, ids, directory)
         rows = iou | {f"recall of part {n}": value for n, value in results["part_recall"].items()}
+    if path:
+        write_lines(path, [json.dumps(results)])
     print(f"{'class':24s}   IoU %")
     for name, value in rows.items():
         print(f"{name:24s}  {100 * value:6.2f}")
+    missed = 100 * confusion[:, -1].sum() / max(1, confusion.sum())
     word = {True: "yes", False: "no", None: "unknown"}
     mean, accuracy = (np.nan if results[key] is None else 100 * results[key]
                       for key in ("miou", "pixel_accuracy"))
     print(f"mIoU {mean:.2f} %  pixel accuracy {accuracy:.2f} %  | "
-          f"{about['checkpoint'] or about['masks']} on {split} ({scored:,} images), CRF: "
-          f"{word[about['crf']]}, image labels used at inference: "
-          f"{word[about['image_labels_used']]}, 255 ignored", flush=True)
-    if path:
-        write_lines(path, [json.dumps(results)])
+          f"{about['checkpoint'] or about['masks']} on {split} ({truth['num_images']:,} images, "
+          f"{truth['classes_scored']} of {len(iou)} classes), CRF: {word[about['crf']]}, image "
+          f"labels used at inference: {word[about['image_labels_used']]}, truth 255 left out, "
+          f"predicted 255 a miss ({missed:.1f} % of pixels)", flush=True)
 
 
 # --- prediction --------------------------------------------------------------------------------

@@ -147,10 +147,10 @@ def main(args):
               f"{' and '.join(map(str, outputs))}", flush=True)
         rows = ("BPM, CPF-CTE w/o CRF in Table 1", "CRF, CPF-CTE in Table 1")
         for out, name in zip(outputs, rows):
-            confusion, scored = score_masks(folder, ids, out, args.workers)
-            if scored:
+            confusion, truth = score_masks(folder, ids, out, args.workers)
+            if truth["num_images"]:
                 log(args.run, "make_pseudo", masks=name, split=args.split, image_labels_used=True,
-                    num_images=scored, miou=miou(confusion))
+                    **truth, miou=miou(confusion))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import time
 import torch
 from torchmetrics.functional.classification import binary_average_precision
 
-from data import AUGMENT, Folder, LabelledImages, as_input, batches, loader
+from data import AUGMENT, Folder, LabelledImages, as_input, batches, loader, note_shared
 from model import (CPFCTE, ClassifierConfig, border_and_centre, classification_loss,
                    pool_by_place, pool_patches)
-from support.run import (NO_SBD, join_processes, launch, log, mean_loss, open_checkpoint, prepare,
-                         progress, restore, save_checkpoint, stage_flags)
+from support.run import (NO_SBD, check_loss, join_processes, launch, log, mean_loss,
+                         open_checkpoint, prepare, progress, restore, save_checkpoint, stage_flags)
 from support.tokens import add_tokens_flag, keep_tokens, learning_blocks
 
 
@@ -83,6 +83,16 @@ def learning_rate(args, step, steps_per_epoch):
     return min(warm_up, 1) * cosine
 
 
+def open_val(args, folder, ids, rank):
+    """The images that score each epoch, or None; a note where some are trained on as well."""
+    if args.val_split == "none":
+        return None
+    val = LabelledImages(folder, folder.ids(args.val_split), args.size)
+    if rank == 0:
+        note_shared(ids, val.ids)
+    return val
+
+
 @torch.no_grad()
 def validate(model, dataset, args, device):
     """{name: value} of a split, by its image labels alone.
@@ -127,13 +137,12 @@ def main(args):
     folder = Folder(args.data)
     ids = folder.ids(args.train_split)
     train = LabelledImages(folder, ids, args.size, args.augment, args.seed)
-    val = None if args.val_split == "none" else LabelledImages(
-        folder, folder.ids(args.val_split), args.size)
+    val = open_val(args, folder, ids, rank)
     steps_per_epoch = len(ids) // args.batch_size
 
     # --- model ---
     facts = dict(classes=folder.classes, ids=ids, labels=train.labels.argwhere().tolist())
-    path, checkpoint = open_checkpoint(args, "cls", **facts)
+    path, checkpoint = open_checkpoint(args, "cls", args.epochs, **facts)
     torch.manual_seed(args.seed)
     config = ClassifierConfig(len(folder.classes), args.backbone, args.class_tokens, args.context,
                               args.dropout)
@@ -170,16 +179,17 @@ def main(args):
             optimizer.step()
             total += loss.detach()
             step += 1
+            check_loss(total, step, path)
 
-        # --- score, log, save ---
+        # --- save, score, log ---
         loss = mean_loss(total, steps_per_epoch, world, model, f"in epoch {epoch + 1}", path)
         speed = steps_per_epoch * args.batch_size / (time.time() - began)
         if rank == 0:
+            save_checkpoint(path, "cls", model, args, **facts, epoch=epoch + 1,
+                            optimizer=optimizer.state_dict())
             found = validate(model, val, args, device) if val else {}
             log(args.run, "train_cls", epoch=epoch + 1, of=args.epochs, loss=loss,
                 lr=optimizer.param_groups[0]["lr"], **found, images_s=speed)
-            save_checkpoint(path, "cls", model, args, **facts, epoch=epoch + 1,
-                            optimizer=optimizer.state_dict())
 
 
 if __name__ == "__main__":

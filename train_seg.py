@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import IGNORE, Folder, MaskedImages, batches, loader, read_image, read_mask
-from evaluate import confusion_matrix, miou, predict, predict_logits
+from data import IGNORE, Folder, Images, MaskedImages, batches, loader, note_shared, read_mask
+from evaluate import confusion_matrix, miou, predict, predict_logits, score_masks
 from model import DeepLabv2, SegmenterConfig
-from support.run import (NO_SBD, join_processes, launch, log, mean_loss, open_checkpoint, prepare,
-                         progress, read_settings, restore, save_checkpoint, stage_flags,
-                         write_lines)
+from support.run import (NO_SBD, check_loss, join_processes, launch, log, mean_loss,
+                         open_checkpoint, prepare, progress, read_settings, restore,
+                         save_checkpoint, stage_flags, write_lines)
 
 MOMENTUM, WEIGHT_DECAY, POLY_POWER = 0.9, 5e-4, 0.9
 
@@ -93,13 +93,23 @@ def multi_scale_loss(outputs, masks, world=1):
     return (sums / pixels.clamp(min=1)).sum()
 
 
-def validate(model, folder, ids, args, device):
-    """mIoU over the first images of the split, without CRF; None where there is no ground truth."""
-    C = len(folder.classes)
+def open_val(args, folder, ids, rank):
+    """The images that score each save. Their ground truth is read: damage shows now, not then."""
+    val_ids = [] if args.val_split == "none" else folder.ids(args.val_split)[:args.val_images]
+    val = Images(folder, val_ids)
+    if rank == 0:
+        note_shared(ids, val.ids)
+        score_masks(folder, val.ids, folder.root / "SegmentationClass")
+    return val
+
+
+def validate(model, val, args, device):
+    """mIoU over the images of val, without CRF; None where there is no ground truth."""
+    folder, C = val.folder, len(val.folder.classes)
     confusion = np.zeros((C, C + 1), np.int64)
-    for image_id in ids[:args.val_images]:
+    for index, image_id in enumerate(val.ids):
         if folder.mask_path(image_id).is_file():
-            image = np.array(read_image(folder.image_path(image_id)))
+            image = np.array(val.read(index))
             truth = read_mask(folder.mask_path(image_id), C, image.shape[1::-1])
             mask = predict(predict_logits(model, image, device, args.amp), image)
             confusion += confusion_matrix(mask, truth, C)
@@ -112,13 +122,12 @@ def main(args):
     # --- data ---
     folder = Folder(args.data)
     ids = folder.ids(args.train_split)
-    val_ids = [] if args.val_split == "none" else folder.ids(args.val_split)
-    masks_dir = args.masks or args.run / "pseudo"
+    val, masks_dir = open_val(args, folder, ids, rank), args.masks or args.run / "pseudo"
 
     # --- model ---
     facts = dict(classes=folder.classes, ids=ids, labels=folder.fingerprint(),
-                 masks=read_settings(masks_dir))
-    path, checkpoint = open_checkpoint(args, "seg", **facts)
+                 masks=read_settings(masks_dir) | dict(data=None))  # which may move
+    path, checkpoint = open_checkpoint(args, "seg", args.iterations, **facts)
     torch.manual_seed(args.seed)
     config = SegmenterConfig(len(folder.classes), args.backbone, tuple(args.rates),
                              tuple(args.scales), args.output_stride)
@@ -153,19 +162,20 @@ def main(args):
             optimizer.step()
             total += loss.detach()
             step += 1
+            check_loss(total, step, path)
 
-        # --- score, log, save ---
+        # --- save, score, log ---
         loss = mean_loss(total, last - first, world, model, f"before iteration {last}", path)
         speed = (last - first) * args.batch_size / (time.time() - began)
         if rank == 0:
             write_lines(args.run / "preset.txt", [args.preset])  # for evaluate.py --image
-            val_miou = validate(model, folder, val_ids, args, device)
+            save_checkpoint(path, "seg", model, args, **facts, step=last,
+                            optimizer=optimizer.state_dict())
+            val_miou = validate(model, val, args, device)
             model.train()
             log(args.run, "train_seg", iteration=last, of=args.iterations, loss=loss,
                 lr=optimizer.param_groups[0]["lr"], val_miou=val_miou,
-                val_images=len(val_ids[:args.val_images]), crf=False, images_s=speed)
-            save_checkpoint(path, "seg", model, args, **facts, step=last,
-                            optimizer=optimizer.state_dict())
+                val_images=len(val), crf=False, images_s=speed)
 
 
 if __name__ == "__main__":

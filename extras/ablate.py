@@ -123,7 +123,7 @@ def columns_of(results, prefix):
 
 
 def of_training(run):
-    """{"val mAP": %, "loss x100": of Eq. (9)} of stage 1's last epoch, where RUN/log.jsonl has it."""
+    """{"val mAP": %, "loss x100": of Eq. (9)} of stage 1's last epoch, as RUN/log.jsonl has it."""
     lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     last = [line for line in lines if line["stage"] == "train_cls"][-1:]
     return {name: 100 * line[key] for line in last

@@ -67,8 +67,8 @@ def main(args):
     seeds = grid(rows, args.method)
     whole = {(split, metric) for _, _, split, metric, _ in CRITERIA}
     if not seeds or any(whole - {*scores} for runs in seeds.values() for scores in runs.values()):
-        raise DataError(f"{' and '.join(map(str, args.csv))}: needs {', '.join(map(' '.join, whole))}"
-                        f" of every run of method {args.method!r}")
+        raise DataError(f"{' and '.join(map(str, args.csv))}: needs "
+                        f"{', '.join(map(' '.join, whole))} of every run of method {args.method!r}")
     print(*choices(seeds), sep="\n")
 
 

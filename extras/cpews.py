@@ -246,7 +246,8 @@ def train(args, device):
 
     # --- model ---
     facts = dict(classes=folder.classes, ids=ids, labels=folder.fingerprint(), superclasses=groups)
-    path, checkpoint = run.open_checkpoint(args, "cpews", **facts)
+    total = args.warm_up + args.iterations
+    path, checkpoint = run.open_checkpoint(args, "cpews", total, **facts)
     torch.manual_seed(args.seed)
     config = CPEWSConfig(len(folder.classes), args.backbone, args.aux_block, args.fov_dilation)
     pretrained, weights = (False, None) if checkpoint else (args.pretrained, args.weights)
@@ -262,7 +263,7 @@ def train(args, device):
     # --- train: in rounds, each of which ends with a save ---
     fill = tuple((255 * model.normalise.mean).round().int().flatten().tolist())
     crops, encode = Crops(folder, ids, args, fill), run.prepare(model.encode, args, 1)
-    total, parts = args.warm_up + args.iterations, args.pool_updates + 1
+    parts = args.pool_updates + 1
     renewals = {args.warm_up + args.iterations * u // parts for u in range(parts)}
     for first in range(done, total, args.save_every):
         last = min(first + args.save_every, total)
@@ -285,16 +286,17 @@ def train(args, device):
             optimizer.step()
             for name, value in dict(loss=loss, **losses, **seen).items():
                 history[name].append(value.detach())
+            run.check_loss(history["loss"][-1], step + 1, path)
 
-        # --- score, log, save ---
+        # --- save, score, log ---
         totals = torch.stack(history.pop("loss"))
         loss = run.mean_loss(totals.sum(), len(totals), 1, model, f"before step {last}", path)
         speed = len(totals) * args.batch_size / (time.time() - began)
+        run.save_checkpoint(path, "cpews", model, args, **facts, step=last, pools=pools,
+                            optimizer=optimizer.state_dict())
         scores = validate(model, folder, val_ids, args, device)
         run.log(args.run, "cpews", step=last, of=total, loss=loss, **summary(history), **scores,
                 images_s=speed)
-        run.save_checkpoint(path, "cpews", model, args, **facts, step=last, pools=pools,
-                            optimizer=optimizer.state_dict())
 
 
 # --- masks -------------------------------------------------------------------------------------
@@ -370,15 +372,15 @@ def write_masks(args, device):
         for out, mask in zip(outputs, masks):
             data.save_mask(out / f"{image_id}.png", mask)
     for out, settings in outputs.items():
-        confusion, scored = evaluate.score_masks(folder, ids, out, args.workers)
-        if scored:
-            run.log(args.run, "cpews", masks=out.name, split=args.predict, num_images=scored,
+        confusion, truth = evaluate.score_masks(folder, ids, out, args.workers)
+        if truth["num_images"]:
+            run.log(args.run, "cpews", masks=out.name, split=args.predict, **truth,
                     miou=evaluate.miou(confusion), crf=settings["crf"],
                     image_labels_used=settings["image_labels_used"])
 
 
 def main(args):
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if run.place()[1] > 1:
         raise DataError("extras/cpews.py is one process: call it without torchrun")
     device, _, _ = run.join_processes(args.device)
     if args.predict:

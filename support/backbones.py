@@ -1,9 +1,11 @@
 """Backbones: timm's, with weights from the hub or a file, and the small ones of the beetles."""
 import logging
 import os
+import re
 import urllib.request
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import huggingface_hub.constants as hub
 import timm
@@ -14,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from timm.models.vision_transformer_hybrid import ConvStem
 
 from data import seeded
-from support.run import DataError
+from support.run import MADE_BY, DataError, load_checkpoint
 
 
 def ask_hub(name):
@@ -30,14 +32,14 @@ def ask_hub(name):
 
 
 @contextmanager
-def missing_weights():
-    """Yield a list that gets the names of weights which timm misses: it only logs them."""
-    names, logger = [], logging.getLogger("timm.models._builder")
+def odd_weights():
+    """Yield {"Missing": names, "Unexpected": names} of weights: timm only logs them."""
+    names, logger = {"Missing": [], "Unexpected": []}, logging.getLogger("timm.models._builder")
 
     def _note(record):
         kind, _, rest = record.getMessage().partition(" keys (")
-        names.extend(rest.split(")")[0].split(", ") if kind == "Missing" else [])
-        return kind not in ("Missing", "Unexpected")
+        names.get(kind, []).extend(rest.split(")")[0].split(", "))
+        return kind not in names
 
     level = logger.level
     logger.setLevel(logging.INFO)
@@ -49,26 +51,69 @@ def missing_weights():
         logger.setLevel(level)
 
 
+def numbered(names):
+    """{"layer3.7", ...}: the parts of a network that have a number, as blocks have."""
+    words = [name.split(".") for name in names if not name.endswith("num_batches_tracked")]
+    return {".".join(of[:k + 1]) for of in words for k, word in enumerate(of) if word.isdigit()}
+
+
+def check_weights(name, model, missing, unexpected):
+    """Refuse a file of another network, or of another depth; a note where a few are missing."""
+    own = [key for key in model.state_dict() if not key.endswith("num_batches_tracked")]
+    blocks = numbered(own)
+    families = {block.rpartition(".")[0] for block in blocks}
+    without = sorted(blocks - numbered({*own} - {*missing}))
+    more = sorted(block for block in numbered(unexpected) - blocks
+                  if block.rpartition(".")[0] in families)
+    lack = f"{len(missing)} of its weights are not there, as {missing[0]}" if missing else ""
+    if 2 * len(missing) > len(own):
+        raise ValueError(lack)
+    if without or more:
+        depth = f"no {without[0]}" if without else f"{more[0]}, which this network has not"
+        raise ValueError(f"it is of another depth: it has {depth}")
+    if lack:
+        print(f"note: {name}: {lack}; they start at random")
+
+
+def looks_like(path):
+    """What a file of --weights is instead of weights, and the way out; "" if nothing is known."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    text = head.lstrip().lower()
+    if not head:
+        return "it is empty: copy it again"
+    if text.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS: fetch the file itself, as with git lfs pull"
+    if text.startswith(b"<"):
+        return "it is a web page: download the file itself"
+    if head[8:9] == b"{" and path.suffix != ".safetensors":
+        return "it is a safetensors file: give its name the ending .safetensors"
+    for kind, script in MADE_BY.items():
+        try:
+            load_checkpoint(path, kind)
+            return f"it is a checkpoint of {script}: --run takes its folder, --weights timm's file"
+        except DataError:
+            pass
+    return ""
+
+
 def create_backbone(name, kind, pretrained, weights=None, **kwargs):
     """A timm model: with the hub's ImageNet weights, with those of a file, or with random ones."""
     if not timm.is_model(name.split(".")[0]):
         raise DataError(f"timm has no model {name!r}: see timm.list_models('*{name[:5]}*')")
     if weights is not None and not os.path.isfile(weights):
-        raise DataError(f"{weights} not found: --weights takes a local copy of the timm weights")
+        what = "is a folder" if os.path.isdir(weights) else "not found"
+        raise DataError(f"{weights} {what}: --weights takes a local copy of the timm weights")
     overlay = {"pretrained_cfg_overlay": dict(file=str(weights))} if weights else {}
     if pretrained and not weights:
         ask_hub(name)
     try:
-        with missing_weights() as missing:
+        with odd_weights() as odd:
             model = timm.create_model(name, pretrained=pretrained or bool(weights), **overlay,
                                       **kwargs)
         classifier = timm.get_pretrained_cfg(name).classifier or "no classifier"
-        missing = [weight for weight in missing if not weight.startswith(classifier)]
-        if missing:
-            lack = f"{len(missing)} of its weights are not there, as {missing[0]}"
-            if 2 * len(missing) > len(model.state_dict()):
-                raise ValueError(lack)
-            print(f"note: {name}: {lack}; they start at random")
+        missing = [weight for weight in odd["Missing"] if not weight.startswith(classifier)]
+        check_weights(name, model, missing, odd["Unexpected"])
         if "ViT" in kind and not hasattr(model, "fc_norm"):  # Swin takes the same arguments
             raise NotImplementedError
         return model
@@ -77,9 +122,18 @@ def create_backbone(name, kind, pretrained, weights=None, **kwargs):
     except Exception as error:  # hub, network, file format: many types, one consequence
         if not (pretrained or weights):
             raise
-        reason = f"{type(error).__name__} {error}".splitlines()[0][:120]
-        raise DataError(f"no weights for {name} from {weights or 'the hub'} ({reason}): pass "
-                        "--weights FILE with a local copy, or --no-pretrained for random ones")
+        reason = f"{type(error).__name__} {str(error) or 'without a word'}".splitlines()[0][:120]
+        sizes = re.search(r"size mismatch for (\S+):.*?Size\((.*?)\).*?Size\((.*?)\)", str(error))
+        if sizes:
+            reason = "its {} is {}, here it is {}".format(*sizes.groups())
+        if weights:
+            known = looks_like(Path(weights))
+            file = timm.get_pretrained_cfg(name).hf_hub_id or name
+            raise DataError(f"no weights for {name} from {weights}"
+                            + (f": {known}" if known else
+                               f" ({reason}): --weights takes the file of {file}"))
+        raise DataError(f"no weights for {name} from the hub ({reason}): pass --weights FILE with "
+                        "a local copy, or --no-pretrained for random ones")
 
 
 # --- networks of ours, registered with timm: the hybrid of preset photo, the small ones of toy ---
@@ -98,11 +152,11 @@ def _vit(name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs):
 
 def _into_hybrid(state, model):
     """The weights of a CNN -> those of the ViT whose patches it makes; the rest as it starts."""
-    cnn = {f"patch_embed.backbone.{name}": weight for name, weight in state.items()}
-    if "patch_embed.backbone.conv_stem.weight" not in cnn:  # a file of the hybrid itself
+    home = "patch_embed.backbone."
+    if "conv_stem.weight" not in state:  # a file of the hybrid itself
         return state
-    own = model.state_dict()
-    return own | {name: weight for name, weight in cnn.items() if name in own}
+    blocks = {name: w for name, w in model.state_dict().items() if not name.startswith(home)}
+    return blocks | {home + name: weight for name, weight in state.items()}
 
 
 @register_model

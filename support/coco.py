@@ -88,7 +88,8 @@ def make_coco(root, train_masks=False, download=False, counts=COCO_COUNTS):
         found = len(coco.imgs), len(with_object)
         if found != counts[split]:
             raise DataError(f"{path} has %d images, %d with an object; expected %d and %d: is it "
-                            "COCO 2014's?" % (found + counts[split]))
+                            "COCO 2014's? Other data: python data.py labels --root %s"
+                            % (*found, *counts[split], root))
         names = {i: coco.cats[i]["name"].replace(" ", "_") for i in sorted(coco.cats)}
         numbers, ids = {class_id: number for number, class_id in enumerate(names, 1)}, []
         for image_id in progress(with_object, desc=split):

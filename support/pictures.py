@@ -1,4 +1,5 @@
 """Pictures of masks: rows of them beside their images, and the overlay on a photo."""
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -11,6 +12,7 @@ from support.run import atomic
 PICTURE = "drawn by evaluate.py"  # noted in the file
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # a $ in a name is a $
 def draw(path, rows, titles, names, about, width):
     """Write rows of pictures (H, W, 3) and a legend; names {class number: name}."""
     shapes = [min(row[0].shape[0] / row[0].shape[1], 3) for row in rows]  # a row's are alike

@@ -6,8 +6,10 @@ import json
 import math
 import multiprocessing as mp
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -23,6 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows: there nothing keeps two runs from one file
+    fcntl = None
+
 
 class DataError(Exception):
     """A user's mistake, told in one line that names the file and the way out."""
@@ -34,15 +41,18 @@ class DataError(Exception):
 
 
 def launch(main, args):
-    """Call main(args); a mistake, a full disk, a dead worker or Ctrl-C ends it in one line."""
+    """Call main(args); a mistake, a lack of memory or disk, or Ctrl-C ends it in one line."""
+    for stream in (sys.stdout, sys.stderr):  # a class's name may be none of the console's letters
+        stream.reconfigure(errors="backslashreplace")
     try:
         main(args)
-    except (DataError, OSError) as error:
+    except DataError as error:
         sys.exit(f"error: {error}")
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
+    except (OSError, RuntimeError, MemoryError) as error:
+        told = lack(error, args)
+        if not (told or isinstance(error, OSError)):
             raise
-        sys.exit("error: a worker process died (no memory?): call again, with fewer --workers")
+        sys.exit(f"error: {told or error}")
     except KeyboardInterrupt:
         print("interrupted: what is written stays", file=sys.stderr, flush=True)
         for worker in mp.active_children():
@@ -50,6 +60,25 @@ def launch(main, args):
         os._exit(130)  # at once: no queue is computed to its end
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+NO_MEMORY = "out of memory|MemoryError|can't allocate|not enough memory|annot allocate memory"
+
+
+def lack(error, args):
+    """One line: what the machine has too little of, and the flags to lower; None: nothing.
+
+    What happens in a DataLoader's worker arrives with its traceback as the message.
+    """
+    text = f"{type(error).__name__} {error}"
+    if "DataLoader worker (pid" in text:
+        return "a worker process died (no memory?): call again, with fewer --workers"
+    if "Too many open files" in text:
+        return "too many open files: lower --workers, or raise the limit, as with ulimit -n 4096"
+    if re.search(NO_MEMORY, text):
+        flags = [f"--{name}" for name in ("batch-size", "crop", "size", "window", "workers")
+                 if hasattr(args, name.replace("-", "_"))]
+        return f"out of memory: lower {', '.join(flags) or 'what else this machine does'}"
 
 
 # --- flags -------------------------------------------------------------------------------------
@@ -115,8 +144,9 @@ class Flags:
         chosen = {name: values[preset] for name, values in self.defaults.items()}
         for name in ("train_split", "split"):  # VOC without SBD has no trainaug.txt: its own train
             if chosen.get(name) == "trainaug" and "data" in given:
-                if not (given["data"] / "ImageSets/Segmentation/trainaug.txt").exists():
-                    chosen[name] = "train"
+                lists = given["data"] / "ImageSets/Segmentation"
+                chosen[name] = next((split for split in ("trainaug", "train_aug")
+                                     if (lists / f"{split}.txt").exists()), "train")
         return argparse.Namespace(**chosen | given | dict(preset=preset))
 
 
@@ -198,11 +228,41 @@ def digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+def flock(file, wait=False):
+    """Whether this process has, from now until it ends, an open file's lock for itself."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB * (not wait))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that knows no locks
+        pass
+    return True
+
+
+HELD = {}  # {path of RUN/.lock: the open file}: those of this process
+
+
 def open_run(run):
-    """Make the run folder; say now, not after an epoch, that it cannot be written."""
+    """Make the run folder, and keep other processes out of it until this one ends.
+
+    Says now, not after an epoch, that it cannot be written. The lock of a killed process is gone.
+    """
     if run.exists() and not (run.is_dir() and os.access(run, os.W_OK)):
         raise DataError(f"--run {run} is no folder that can be written to: choose another")
     run.mkdir(parents=True, exist_ok=True)
+    path = run.resolve() / ".lock"
+    if path in HELD or (dist.is_initialized() and dist.get_rank()):
+        return
+    file = open(path, "a+", encoding="utf-8")
+    if not flock(file):
+        file.seek(0)
+        raise DataError(f"--run {run} is in use by {file.read().strip()}: wait for it, or choose "
+                        "another --run")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    HELD[path] = file
 
 
 def log(run, stage, **values):
@@ -248,8 +308,11 @@ def load_checkpoint(path, kind):
     return checkpoint
 
 
-def open_checkpoint(args, kind, **facts):
-    """(path, checkpoint): RUN's, where --resume asks for it and flags and facts fit; or None."""
+def open_checkpoint(args, kind, end, **facts):
+    """(path, checkpoint): RUN's, where --resume asks for it and flags and facts fit; or None.
+
+    end is the epoch or step at which it is finished.
+    """
     path, way_out = args.run / f"{kind}.pt", "choose another --run, or --overwrite"
     open_run(args.run)
     if not path.exists() or args.overwrite:
@@ -265,7 +328,9 @@ def open_checkpoint(args, kind, **facts):
         if name not in FREE and old not in (now, str(now)):  # paths are kept as text
             flag = name.replace("_", "-")
             raise DataError(f"{path} was made with --{flag} {old}, now it is {now}: {way_out}")
-    print(f"going on from {path}", flush=True)
+    done = checkpoint["epoch" if kind == "cls" else "step"]
+    print(f"{path} is finished: nothing to do" if done >= end else
+          f"going on from {path} ({done} of {end})", flush=True)
     return path, checkpoint
 
 
@@ -282,6 +347,15 @@ def check_finite(logits, model):
     """End where a network gives numbers that are not finite."""
     if not logits.isfinite().all():
         raise DataError(f"{type(model).__name__} gives numbers that are not finite: lower --lr")
+
+
+LOOK = 50  # steps between two looks at the loss, each of which waits for the GPU
+
+
+def check_loss(total, step, path):
+    """End, at every LOOK-th step, where a sum of losses is not finite."""
+    if step % LOOK == 0 and not math.isfinite(total.item()):
+        raise DataError(f"loss not finite by step {step}: lower --lr; {path} stays")
 
 
 def mean_loss(total, steps, world, model, where, path):
@@ -312,9 +386,15 @@ def read_settings(folder):
         raise DataError(f"{note} is damaged: delete it and the masks beside it")
 
 
+def same_settings(old, new):
+    """Whether masks were made so; the data may have moved since, if the labels are known."""
+    moved = "data" in old and "labels" in new and not Path(old["data"]).exists()
+    return (old | {"data": new.get("data")} if moved else old) == new
+
+
 def check_masks(folder, settings, way_out="--overwrite replaces them, --run writes elsewhere"):
     """Refuse to add masks to those that were made with other settings, or nobody knows how."""
-    if any(folder.glob("*.png")) and read_settings(folder) != settings:
+    if any(folder.glob("*.png")) and not same_settings(read_settings(folder), settings):
         raise DataError(f"{folder} holds masks of other data, labels, weights or flags, or has no "
                         f"settings.json: {way_out}")
 
@@ -336,13 +416,31 @@ def claimed(results, outputs, overwrite):
 
 
 # --- processes ---------------------------------------------------------------------------------
+TORCHRUN = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT".split()
+
+
+def place():
+    """(rank, world, local rank) as torchrun says it in the environment: whole, or not at all."""
+    found = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+    if not {*found} & {*TORCHRUN[:3]}:
+        return 0, 1, 0
+    try:
+        rank, world, local_rank = (int(found.get(name, "?")) for name in TORCHRUN[:3])
+        if len(found) == len(TORCHRUN) and 0 <= rank < world and local_rank >= 0:
+            return rank, world, local_rank
+    except ValueError:
+        pass
+    told = " ".join(f"{name}={value}" for name, value in found.items())
+    raise DataError(f"the environment has {told}, which is not what torchrun sets "
+                    f"({', '.join(TORCHRUN)}): unset it, or start with torchrun")
+
+
 def join_processes(name="auto"):
     """(device, rank, world): this process's place under torchrun (nccl or gloo), or alone.
 
     name is that of --device.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank, world, local_rank = place()
     torch.set_flush_denormal(True)  # a CPU is several times slower on denormal numbers
     if name == "mps" and not torch.backends.mps.is_available():
         raise DataError("--device mps: this machine or this torch has no Apple GPU")

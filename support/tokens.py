@@ -14,12 +14,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from data import Images, as_input, loader
-from support.run import DataError, digest, progress
-
-try:
-    import fcntl
-except ImportError:  # Windows: there let one run fill the file before another starts
-    fcntl = None
+from support.run import DataError, digest, flock, progress
 
 HEADER, KEY = 4096, 16
 
@@ -70,12 +65,9 @@ def locked(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.open("ab").close()
     with open(path, "r+b") as file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{path}: another run fills it; waiting", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
+        if not flock(file):
+            print(f"{path}: another run fills it; waiting", flush=True)
+            flock(file, wait=True)
         yield file
 
 

@@ -1,7 +1,7 @@
 """VOC 2012 and SBD as a data set folder: `python data.py voc` calls make_voc."""
 import xml.etree.ElementTree as ElementTree
 
-from data import write_folder
+from data import first_file, line_id, write_folder
 from support.run import DataError, progress, read_text, write_lines
 
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
@@ -46,7 +46,8 @@ def read_ids(path):
     """The ids of a split list that an archive brings."""
     if not path.is_file():
         raise DataError(f"{path} not found: unpack VOC (and SBD) there, or pass --download")
-    return read_text(path).split()
+    lines = enumerate(read_text(path).splitlines(), 1)
+    return [line_id(line, f"{path}, line {k}") for k, line in lines if line.strip()]
 
 
 def make_voc(root, sbd=None, download=False, counts=VOC_COUNTS):
@@ -56,8 +57,9 @@ def make_voc(root, sbd=None, download=False, counts=VOC_COUNTS):
         download_voc(root, sbd)
     home = lists = root / "ImageSets/Segmentation"
     splits = {name: read_ids(lists / f"{name}.txt") for name in ("train", "val")}
-    if sbd is None and (lists / "trainaug.txt").is_file():
-        splits["trainaug"] = read_ids(lists / "trainaug.txt")
+    aug = first_file([lists / "trainaug.txt", lists / "train_aug.txt"])
+    if sbd is None and aug.is_file():
+        splits["trainaug"] = read_ids(aug)
     elif sbd is not None:
         home = next((p.parent for p in sorted(sbd.rglob("val.txt"))), sbd)
         extra = read_ids(home / "train.txt") + read_ids(home / "val.txt")
@@ -65,7 +67,7 @@ def make_voc(root, sbd=None, download=False, counts=VOC_COUNTS):
     for name, ids in splits.items():
         if len(ids) != counts[name]:
             raise DataError(f"{name} has {len(ids)} images, expected {counts[name]}: are {root} "
-                            f"and {home} complete?")
+                            f"and {home} complete? Other data: python data.py labels --root {root}")
     every_id = sorted(set().union(*splits.values()))
     label_lines = [voc_label_line(root, i) for i in progress(every_id, desc="labels")]
     if "trainaug" in splits:

@@ -31,7 +31,12 @@ def pytest_configure(config):
 
 def in_process(stage, *arguments):
     """Run a stage in this process: in_process(train_cls, "--data", ...)."""
-    stage.main(stage.parse_args([str(a) for a in arguments]))
+    from support import run
+    try:
+        stage.main(stage.parse_args([str(a) for a in arguments]))
+    finally:  # as the end of a process does
+        while run.HELD:
+            run.HELD.popitem()[1].close()
 
 
 @pytest.fixture(scope="session")

@@ -240,7 +240,7 @@ def test_a_complete_run_is_left_as_it_is(run, toy, tmp_path, capsys):
     for stage, flags, file in ((train_cls, CLS, "cls.pt"), (train_seg, SEG, "seg.pt")):
         before = (here / file).read_bytes()
         in_process(stage, "--data", toy, "--run", here, *flags, "--resume")
-        assert "going on from" in capsys.readouterr().out
+        assert f"{file} is finished: nothing to do" in capsys.readouterr().out
         assert (here / file).read_bytes() == before
 
 

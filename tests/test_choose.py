@@ -29,7 +29,7 @@ def test_choices_by_hand():
     assert cells["any setting"][2:5] == ["50.0", "2.8", "-2.0"]  # 156 / 3 and 144 / 3
 
 
-def test_a_grid_is_trained_scored_and_chosen_from(toy, tmp_path, calls, monkeypatch, capsys):  # noqa: F811
+def test_a_grid_is_trained_and_chosen_from(toy, tmp_path, calls, monkeypatch, capsys):  # noqa: F811
     rows = [(f"K {k}", "-", f"--top-k {k} --context none", "--crf none") for k in (1, 12)]
     monkeypatch.setitem(ablate.STUDIES, "choose", rows)
     for split in ("val", "test"):

@@ -655,7 +655,7 @@ def test_the_chain_on_16_beetles(finished, small, tmp_path, capsys):
     ids = set(Folder(small).ids("train"))
     for name in ("cam", "pseudo", "pred"):
         assert {path.stem for path in (home / name).glob("*.png")} == ids
-        assert f"masks {name}  split train  num_images 16  miou" in output
+        assert f"masks {name}  split train  num_images 16  classes" in output
         in_process(evaluate, "--data", small, "--masks", home / name, "--split", "train",
                    "--workers", "0")
         results = json.loads((home / name / "results.json").read_text())
@@ -853,7 +853,8 @@ def test_a_missing_image_label_of_val_is_told_before_training(small, tmp_path, m
 
 
 def test_several_processes_are_refused(small, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in zip(run.TORCHRUN, ("0", "2", "0", "localhost", "29500")):
+        monkeypatch.setenv(name, value)
     with pytest.raises(DataError, match="one process: call it without torchrun"):
         trained(small, tmp_path)
 

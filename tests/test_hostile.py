@@ -21,15 +21,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import data
 import evaluate
 import make_pseudo
 import train_cls
 import train_seg
-from support import beetles
+from support import beetles, run
 from support.run import DataError, launch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,9 +78,9 @@ def place(finished, monkeypatch):
 
 
 def contents():
-    """{path: bytes} of every file here, but the log, which each stage adds to."""
+    """{path: bytes} of every file here, but the log, which each stage adds to, and the lock."""
     return {str(path): path.read_bytes() for path in Path().rglob("*")
-            if path.is_file() and path.name != "log.jsonl"}
+            if path.is_file() and path.name not in ("log.jsonl", ".lock")}
 
 
 def refusal(line, capsys):
@@ -97,8 +99,9 @@ def refusal(line, capsys):
 
 # --- what rows do ------------------------------------------------------------------------------
 
-def text(path, *lines, encoding="utf-8"):
-    Path(path).write_text("".join(f"{line}\n" for line in lines), encoding)
+def text(path, *content, lines=None, encoding="utf-8"):
+    content = content if lines is None else [lines] * bool(lines)
+    Path(path).write_text("".join(f"{line}\n" for line in content), encoding)
 
 
 def add_line(path, line):
@@ -251,9 +254,21 @@ FOLDER = [
     ("no such split", lambda: None, "eval --split holdout",
      "Segmentation/holdout.txt not found: run data.py"),
 ]
+FOLDER += [
+    ("an id with a blank", lambda: add_line(TRAIN, "img (1)"), "cls",
+     f"{TRAIN}, line 9: 'img \\(1\\)' has a blank, which no id may have: rename the file"),
+    ("two ids with blanks, stage 4", lambda: text(TEST, "img (1)", "img (2)"), "eval",
+     f"{TEST}, line 1: 'img \\(1\\)' has a blank"),
+    ("an id and another", lambda: add_line(TEST, "test_00000 test_00001"), "eval",
+     f"{TEST}, line 3: 'test_00000 test_00001' has a blank"),
+    *((f"a list of ImageSets/Main, {sign}", partial(add_line, TRAIN, f"{FIRST}  {sign}"), "cls",
+       f"{TRAIN}, line 9: '{FIRST}  {sign}' is of ImageSets/Main") for sign in ("1", "-1", "0")),
+    ("the folder above", lambda: (os.mkdir("VOCdevkit"), shutil.move("data", "VOCdevkit/VOC2012")),
+     "cls --data VOCdevkit", "VOCdevkit/classes.txt not found: pass --data VOCdevkit/VOC2012"),
+]
 BAD_IDS = ("../../outside", "/abs/x", "a\\b", ".hidden", "..", "a/b")
 FOLDER += [(f"id {bad}, {line}", partial(split_with, bad), line,
-            rf"Segmentation/\w+.txt: {re.escape(repr(bad))} is no name of a file")
+            rf"Segmentation/\w+.txt, line 1: {re.escape(repr(bad))} is no name of a file")
            for bad in BAD_IDS for line in ("cls --run new", "pseudo", "seg --run new", "eval",
                                            "masks", "eval --export")]
 
@@ -290,6 +305,13 @@ FILES = [
     ("an empty image", lambda: cut(IMAGE, 0), "cls --run new", f"{IMAGE} cannot be read"),
     ("no image", lambda: os.remove(IMAGE), "cls --run new", f"{IMAGE} not found"),
     ("no photo", lambda: os.remove("photo.png"), "photo", "photo.png not found"),
+    *((f"no image of val, {line}", partial(os.remove, "data/JPEGImages/val_00001.jpg"), line,
+       "data/JPEGImages/val_00001.jpg not found: add it, or take it out")
+      for line in ("cls --run new", "seg --overwrite")),
+    *((f"{what} truth of val", partial(how, "data/SegmentationClass/val_00001.png"),
+       "seg --overwrite", f"data/SegmentationClass/val_00001.png {words}")
+      for what, how, words in (("half a", cut, "cannot be read"), ("an empty", partial(
+          cut, share=0), "cannot be read"), ("a colour", picture, "is a RGB image"))),
     ("a bomb", lambda: Path(IMAGE).write_bytes(png(60_000, 60_000)), "cls --run new",
      f"{IMAGE} cannot be read .*DecompressionBomb"),
     ("a floating-point photo", lambda: picture("photo.tif", mode="F"), "photo --image photo.tif",
@@ -349,9 +371,7 @@ FILES = [
      "run/cls.pt not found|run/cls.pt.*folder"),
     ("seg.pt is a folder, stage 3", lambda: become_folder("run/seg.pt"), "seg --overwrite",
      blocked("run/seg.pt")),
-    ("the log is a folder", lambda: become_folder("run/log.jsonl"), "cls --overwrite",
-     blocked("run/log.jsonl")),
-    ("the photo is a folder", lambda: None, "photo --image data", "data not found|data.*folder"),
+    ("the photo is a folder", lambda: None, "photo --image data", "data is a folder"),
     ("--out is a folder", lambda: os.mkdir("out.png"), "photo", blocked("out.png")),
     ("--masks is a file", lambda: None, "seg --masks photo.png --overwrite",
      f"photo.png/{FIRST}.png not found: run make_pseudo.py first"),
@@ -376,6 +396,20 @@ FIELDS = "kind config args model optimizer classes ids labels".split()
 def reshape(checkpoint):
     name, weight = next(iter(checkpoint["model"].items()))
     checkpoint["model"][name] = weight.flatten()[:1]
+
+
+def save_vit(without=None, **options):
+    """a.pth: weights of a vit_toy_linear of other sizes."""
+    state = timm.create_model("vit_toy_linear", **options).state_dict()
+    torch.save({name: weight for name, weight in state.items()
+                if not (without and name.startswith(without))}, "a.pth")
+
+
+def save_resnet(stages):
+    """a.pth: the first stages of resnet_toy."""
+    state = timm.create_model("resnet_toy").state_dict()
+    torch.save({name: weight for name, weight in state.items()
+                if not re.match(rf"layer[{stages + 1}-9]", name)}, "a.pth")
 
 
 CHECKPOINTS = [
@@ -441,12 +475,33 @@ CHECKPOINTS = [
     ("no such weights", lambda: None, "cls --run new --weights none",
      "none not found: --weights takes a local copy"),
     ("weights that are a folder", lambda: None, "cls --run new --weights data",
-     "data not found: --weights takes a local copy|data is .*folder"),
+     "data is a folder: --weights takes a local copy"),
+    *((f"weights that are {what}", partial(write, "a.bin"), "cls --run new --weights a.bin",
+       f"no weights for vit_toy from a.bin: it is {words}") for what, write, words in (
+          ("a web page", partial(text, lines="<!DOCTYPE html>"), "a web page: download the file"),
+          ("a pointer", partial(text, lines="version https://git-lfs.github.com/spec/v1"),
+           "a pointer of Git LFS"),
+          ("empty", partial(text, lines=""), "empty: copy it again"),
+          ("without their ending", lambda path: save_file({"a": torch.ones(1)}, path),
+           "a safetensors file: give its name the ending .safetensors"),
+          ("cls.pt", partial(shutil.copy, CLS), "a checkpoint of train_cls.py"),
+          ("seg.pt", partial(shutil.copy, SEG), "a checkpoint of train_seg.py"))),
+    *((f"weights {how}", partial(save_vit, **options),
+       "cls --run new --backbone vit_toy_linear --weights a.pth",
+       f"no weights for vit_toy_linear from a.pth .*{words}.*: --weights takes the file of vit_t")
+      for how, options, words in (
+          ("of less blocks", dict(depth=3), "another depth: it has no blocks.3"),
+          ("of more blocks", dict(depth=5), "another depth: it has blocks.4, which this netw"),
+          ("without one block", dict(without="blocks.1."), "another depth: it has no blocks.1"),
+          ("of another width", dict(embed_dim=64), r"cls_token is \[1, 1, 64\], here it is"))),
+    ("weights of a shallower CNN", lambda: save_resnet(3), "seg --overwrite --weights a.pth",
+     "no weights for resnet_toy from a.pth .*another depth: it has no layer4.0"),
     ("weights of another network", lambda: torch.save({"a": torch.ones(1)}, "a.pth"),
-     "cls --run new --weights a.pth", "no weights for vit_toy from a.pth .*: pass --weights FILE"),
+     "cls --run new --weights a.pth", "no weights for vit_toy from a.pth .*: --weights tak"),
     ("weights of nothing, which timm lets pass", lambda: torch.save({"a": torch.ones(1)}, "a.pth"),
      "cls --run new --backbone vit_tiny_patch16_224 --size 64 --weights a.pth",
-     "no weights for vit_tiny_patch16_224 from a.pth .*150 of its weights.*: pass --weights FILE"),
+     "no weights for vit_tiny_patch16_224 from a.pth .*150 of its weights.*: --weights takes the "
+     "file of timm/vit_tiny_patch16_224"),
     ("a CNN for a ViT", lambda: None, "cls --run new --backbone resnet_toy",
      "--backbone resnet_toy does not fit this stage, which needs a plain ViT"),
     ("a transformer of windows", lambda: None,
@@ -530,7 +585,7 @@ SAVERS = {"zip.pth": lambda path: torch.save({"weight": Payload()}, path),
 def test_weights_with_code_in_them_do_not_run_it(place, capsys, name, line):
     SAVERS[name](name)
     told = refusal(f"{line} --weights {name}", capsys)
-    assert re.search(f"no weights for .*_toy from {name} .*: pass --weights FILE", told), told
+    assert re.search(f"no weights for .*_toy from {name} .*: --weights takes the file", told), told
     assert not Path("marker").exists()
 
 
@@ -578,18 +633,22 @@ def test_a_full_disk_while_masks_are_written_names_one(place, capsys, monkeypatc
     assert not [*Path().rglob("*.tmp")]
 
 
-@pytest.mark.parametrize("line", ["cls --overwrite", "seg --overwrite", "pseudo"])
+@pytest.mark.parametrize("line", ["cls --epochs 2 --overwrite", "seg --lr 0.01 --overwrite",
+                                  "pseudo"])
 def test_a_full_disk_while_the_log_is_written_names_it(place, capsys, monkeypatch, line):
     before, write_text = Path("run/log.jsonl").read_text(), Path.write_text
+    kept = contents()
 
     def write(path, text, **options):
         if "log.jsonl" in path.name:
             raise NO_SPACE
         return write_text(path, text, **options)
     monkeypatch.setattr(Path, "write_text", write)
-    told = refusal(line, capsys)
-    assert "No space left on device" in told and "log.jsonl" in told, told
+    with pytest.raises(SystemExit, match="log.jsonl.*No space left on device"):
+        call(line)
     assert Path("run/log.jsonl").read_text() == before
+    changed = {path for path, content in contents().items() if kept.get(path) != content}
+    assert changed == {"cls": {CLS}, "seg": {SEG}, "pseudo": set()}[line.split()[0]]  # was saved
 
 
 # --- stage 2 and the masks that are there ------------------------------------------------------
@@ -816,6 +875,241 @@ def test_sixteen_bits_are_scaled_not_white(tmp_path, turned):
     Image.fromarray(grey).save(tmp_path / "a.png", exif=exif)
     read = np.array(data.read_image(tmp_path / "a.png"))
     assert np.array_equal(read[..., 1].T if turned else read[..., 1], [[0, 100, 200, 255]] * 2)
+
+
+# --- scores that are not what they seem ---------------------------------------------------------
+
+def renumber(change, split="train"):
+    """Every truth of a split, changed as an array."""
+    for image_id in Path(f"data/ImageSets/Segmentation/{split}.txt").read_text().split():
+        data.save_mask(Path(truth_of(image_id)), change(data.read_mask(truth_of(image_id), 9)))
+
+
+def restarted(mask):
+    """Numbers that begin at 1 in every image, as instances have them."""
+    values = [v for v in np.unique(mask) if v not in (0, 255)]
+    return np.select([mask == v for v in values], range(1, len(values) + 1), mask.astype(int))
+
+
+TRUTHS = {"restarted": (restarted, "a class that their line in image_labels.txt does not name"),
+          "less by one": (lambda m: np.where((m > 0) & (m < 255), m - 1, m), "does not name"),
+          "turned": (lambda m: np.where((m > 0) & (m < 255), 9 - m, m), "numbered as in class"),
+          "0 and 1": (lambda m: np.where((m > 0) & (m < 255), 1, m), "lack one that it names"),
+          "0 and 255": (lambda m: np.where(m > 0, 255, 0), "no class but background occurs"),
+          "background": (lambda m: 0 * m, "no class but background occurs in data/Seg")}
+
+
+@pytest.mark.parametrize("line, split, kind", [
+    *(("masks", "train", kind) for kind in TRUTHS), ("pseudo", "train", "restarted"),
+    ("eval", "test", "0 and 255"), ("seg --overwrite", "val", "less by one")])
+def test_truth_that_is_numbered_otherwise_is_told(place, capsys, line, split, kind):
+    change, words = TRUTHS[kind]
+    call(line)
+    assert "note:" not in capsys.readouterr().out
+    renumber(change, split)
+    call(line)
+    assert re.search(f"note: .*{words}", capsys.readouterr().out)
+
+
+def test_what_a_score_is_over_is_said_and_noted(place, capsys):
+    renumber(lambda mask: np.where(mask > 0, 255, 0), "test")
+    data.save_mask(Path(PRED), np.full((96, 96), 255))
+    call("masks --masks run/pred --split test")
+    scored = int((data.read_mask(TRUTH, 9) == 0).sum())
+    both = scored + int((data.read_mask(truth_of("test_00001"), 9) == 0).sum())
+    assert f"(2 images, 1 of 9 classes)" in (told := capsys.readouterr().out)
+    share = f"{100 * scored / both:.1f} % of pixels"
+    assert f"truth 255 left out, predicted 255 a miss ({share})" in told
+    results = json.loads(Path("run/pred/results.json").read_text())
+    assert (results["num_images"], results["classes_scored"]) == (2, 1)
+    assert (results["unnamed"], results["lacking"]) == (0, 2)
+
+
+@pytest.mark.parametrize("line, split", [("masks", "train"), ("eval", "test"), ("pseudo", "train")])
+def test_a_score_over_part_of_a_split_says_what_is_missing(place, capsys, line, split):
+    path = Path(truth_of(f"{split}_00001"))
+    path.rename(path.with_suffix(".tif"))
+    call(line)
+    told = capsys.readouterr().out
+    assert re.search(rf"note: 1 of \d images are not scored: .*has no {split}_00001.png", told)
+
+
+def test_images_of_train_and_val_are_counted(place, capsys):
+    add_line("data/ImageSets/Segmentation/val.txt", FIRST)
+    for line in ("cls --overwrite", "seg --overwrite"):
+        call(line)
+        assert "note: 1 of 3 images of val are trained on as well" in capsys.readouterr().out
+
+
+# --- the field's own ways -----------------------------------------------------------------------
+
+def test_lists_in_two_columns_and_endings_in_capitals_mean_the_same(place):
+    before = contents()
+    for split in ("train", "val", "test"):
+        path = Path(f"data/ImageSets/Segmentation/{split}.txt")
+        first, *ids = path.read_text().split()
+        text(path, f"/JPEGImages/{first}.jpg /SegmentationClassAug/{first}.png",
+             *(f"{image_id}.jpg" for image_id in ids))
+    for path in [*Path("data/JPEGImages").iterdir(), *Path("data/SegmentationClass").iterdir()]:
+        path.rename(path.with_suffix(path.suffix.upper()))
+    for line in ("cls --resume", "pseudo", "seg --resume", "eval"):
+        call(line)
+    after = contents()
+    assert all(after[path] == before[path] for path in before if path.startswith("run"))
+
+
+def test_the_fields_name_of_trainaug_is_taken(place, capsys):
+    text("data/preset.txt", "voc")
+    os.rename(TRAIN, "data/ImageSets/Segmentation/train_aug.txt")
+    assert train_cls.parse_args(["--data", "data", "--run", "x"]).train_split == "train_aug"
+    assert make_pseudo.parse_args(["--data", "data", "--run", "x"]).split == "train_aug"
+    text(TRAIN, FIRST)
+    text("data/ImageSets/Segmentation/trainaug.txt", FIRST)
+    assert train_cls.parse_args(["--data", "data", "--run", "x"]).train_split == "trainaug"
+
+
+# --- two runs, torchrun's variables, memory, files ----------------------------------------------
+
+WRITES = ["cls --resume", "pseudo", "seg --resume", "eval"]
+
+
+@pytest.mark.parametrize("line", WRITES)
+def test_the_second_run_in_a_folder_waits(place, capsys, line):
+    Path("run/.lock").unlink(missing_ok=True)
+    run.HELD.clear()  # what this process holds from the rows before
+    code = """
+import sys, time
+from pathlib import Path
+from support.run import open_run
+open_run(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)"""
+    with subprocess.Popen([sys.executable, "-c", code, str(place / "run")], cwd=ROOT,
+                          stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"held\n"
+        told = refusal(line, capsys)
+        assert re.search(rf"--run run is in use by process {first.pid} on .*: wait for it", told)
+        first.kill()
+    call(line)  # the lock of the dead is taken over
+    assert str(os.getpid()) in Path("run/.lock").read_text()
+
+
+HALF = [{"RANK": "1"}, {"RANK": "0"}, {"WORLD_SIZE": "2"}, {"LOCAL_RANK": "1"},
+        {"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+        dict(RANK="2", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1"),
+        dict(RANK="-1", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1")]
+
+
+@pytest.mark.parametrize("line, variables", [*((line, HALF[0]) for line in WRITES),
+                                             *(("cls", variables) for variables in HALF[1:])],
+                         ids=str)
+def test_torchruns_variables_are_read_as_a_set(place, capsys, monkeypatch, line, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    told = refusal(line, capsys)
+    assert re.search(r"the environment has .*which is not what torchrun sets .*: unset it", told)
+
+
+LACKS = {  # as Python, torch and a DataLoader's worker tell it
+    "GPU": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "memory"),
+    "CPU": (RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't "
+                         "allocate memory: you tried to allocate 1 bytes."), "memory"),
+    "Python": (MemoryError(), "memory"),
+    "fork": (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "memory"),
+    "worker": (MemoryError("Caught MemoryError in DataLoader worker process 0.\nTrace"), "memory"),
+    "array": (RuntimeError("Caught _ArrayMemoryError in DataLoader worker process 0."), "memory"),
+    "files": (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "files"),
+    "handles": (RuntimeError("received 0 items of ancdata: Too many open files"), "files")}
+
+
+@pytest.mark.parametrize("line, where, kind", [
+    *(("cls --overwrite", "train_cls.batches", kind) for kind in LACKS),
+    ("pseudo --overwrite", "make_pseudo.present_probs", "worker"),
+    ("seg --overwrite", "train_seg.batches", "GPU"),
+    ("eval --crf torch", "evaluate.predict_logits", "CPU")])
+def test_too_little_of_something_is_one_line(place, capsys, monkeypatch, line, where, kind):
+    error, lack = LACKS[kind]
+
+    def fail(*_, **__):
+        raise error
+    monkeypatch.setattr(where, fail)
+    told = refusal(line, capsys)
+    lower = {"cls": "--batch-size, --size, --workers", "seg": "--batch-size, --crop, --workers",
+             "pseudo": "--batch-size, --size, --window, --workers", "eval": "--window, --workers"}
+    assert told == "error: " + {
+        "memory": f"out of memory: lower {lower[line.split()[0]]}",
+        "files": "too many open files: lower --workers, or raise the limit, as with ulimit -n 4096",
+    }[lack]
+
+
+def test_an_error_that_is_ours_keeps_its_traceback(place, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("shapes do not match")
+    monkeypatch.setattr("train_cls.batches", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        call("cls --overwrite")
+
+
+# --- saved first, scored later ------------------------------------------------------------------
+
+def test_an_epoch_is_saved_before_val_is_read(place, capsys):
+    whole = Path("data/JPEGImages/val_00001.jpg").read_bytes()
+    cut("data/JPEGImages/val_00001.jpg")
+    with pytest.raises(SystemExit, match="val_00001.jpg cannot be read"):
+        call("cls --run new --epochs 2")
+    assert torch.load("new/cls.pt", weights_only=True)["epoch"] == 1
+    Path("data/JPEGImages/val_00001.jpg").write_bytes(whole)
+    capsys.readouterr()
+    call("cls --run new --epochs 2 --resume")
+    assert "going on from new/cls.pt (1 of 2)" in capsys.readouterr().out
+    assert torch.load("new/cls.pt", weights_only=True)["epoch"] == 2
+
+
+@pytest.mark.parametrize("line, path, name", [("cls", CLS, "epoch"), ("seg", SEG, "step")])
+def test_a_loss_that_is_not_finite_does_not_wait_for_a_save(place, capsys, monkeypatch, line, path,
+                                                            name):
+    fill(path, math.nan)
+    rewind(path, name)
+    monkeypatch.setattr(run, "LOOK", 1)
+    assert f"loss not finite by step 1: lower --lr; {path} stays" in refusal(
+        f"{line} --resume", capsys)
+
+
+@pytest.mark.parametrize("line, path", [("cls --resume", CLS), ("seg --resume", SEG)])
+def test_a_finished_run_says_so(place, capsys, line, path):
+    before = contents()
+    call(line)
+    assert f"{path} is finished: nothing to do" in capsys.readouterr().out
+    assert contents() == before
+
+
+def test_stage_2_goes_on_where_the_data_moved(place, capsys):
+    before = Path(PSEUDO).read_bytes()
+    os.remove(f"run/pseudo/{FIRST}.png")
+    os.rename("data", "moved")
+    call("pseudo --data moved")
+    assert "1 of 8 images were still to do" in capsys.readouterr().out
+    assert Path(PSEUDO).read_bytes() == before
+    shutil.copytree("moved", "copy")  # where both are there, nobody knows which was meant
+    assert "run/bpm holds masks of other data" in refusal("pseudo --data copy", capsys)
+    call("seg --data moved --resume")
+
+
+# --- names -------------------------------------------------------------------------------------
+
+def test_names_with_dollars_and_names_that_a_console_cannot_show(place):
+    for path in (CLASSES, LABELS):
+        replace(path, "checks_red", "$k\u00e4fer_$\\frac{")
+    shutil.rmtree("run")
+    for line in ("cls", "pseudo", "seg"):
+        call(line)
+    done = subprocess.run(
+        [sys.executable, ROOT / "evaluate.py", *CALLS["eval"][1].split()], cwd=place,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "$k\\xe4fer_$" in done.stdout
+    assert "$k\u00e4fer_$\\frac{" in json.loads(Path("run/results.json").read_text())["iou"]
+    assert Path("run/figure.png").is_file()
 
 
 # --- a thousand damaged files ------------------------------------------------------------------

@@ -259,7 +259,7 @@ def test_a_checkpoint_goes_on_only_as_it_began(saved, tmp_path):
 
     def opened(facts=facts, **changed):
         now = argparse.Namespace(**vars(args) | changed)
-        return run.open_checkpoint(now, "cls", **facts)
+        return run.open_checkpoint(now, "cls", 9, **facts)
 
     path, checkpoint = opened()
     assert path == tmp_path / "cls.pt" and checkpoint["epoch"] == 1

@@ -69,10 +69,10 @@ def shifted(toy, tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_split_is_counted_over_all_its_pixels_at_once(shifted, workers):
     folder, ids, directory = shifted
-    confusion, scored = evaluate.score_masks(folder, ids, directory, workers)
+    confusion, about = evaluate.score_masks(folder, ids, directory, workers)
     masks = np.stack([data.read_mask(directory / f"{i}.png", 9) for i in ids])
     truth = np.stack([data.read_mask(folder.mask_path(i), 9) for i in ids])
-    assert scored == 8
+    assert about["num_images"] == 8
     assert np.array_equal(confusion, evaluate.confusion_matrix(masks, truth, 9))
 
 
@@ -81,8 +81,8 @@ def test_images_without_ground_truth_are_not_scored(shifted, toy_copy):
     folder = Folder(toy_copy)
     for image_id in ids[1:]:
         folder.mask_path(image_id).unlink()
-    confusion, scored = evaluate.score_masks(folder, ids, directory)
-    assert scored == 1 and np.array_equal(
+    confusion, about = evaluate.score_masks(folder, ids, directory)
+    assert about["num_images"] == 1 and np.array_equal(
         confusion, evaluate.confusion_of(folder, ids[0], directory))
     folder.mask_path(ids[0]).unlink()
     with pytest.raises(DataError, match="no ground truth to score"):
