@@ -63,7 +63,7 @@ table4 table5 cpews2 cpews3 cpews4 cpews5: .venv/ready $(if $(ON_TOY),$(TOY)/sup
 		--flags="$(if $(PRESET),--preset $(PRESET)) $(FLAGS)" $(if $(FULL),--full) \
 		--cls-flags="$(CLS_FLAGS)" --cpews-flags="$(CPEWS_FLAGS)" --seg-flags="$(SEG_FLAGS)"
 
-figures: table4
+figures: table4 .venv/tests
 	$(PY) extras/figures.py --data $(DATA)
 
 starter: .venv/ready
@@ -90,7 +90,7 @@ $(TOY)/image_labels.txt $(TOY)/superclasses.txt: | .venv/ready
 		echo "pydensecrf2 cannot be built here (.venv/pydensecrf2.log): support/crf.py computes the CRF"
 	touch $@
 
-.venv/tests: tests/requirements.txt .venv/ready
+.venv/tests: tests/requirements.txt datasets/requirements.txt extras/requirements.txt .venv/ready
 	.venv/bin/pip install --quiet -r tests/requirements.txt
 	touch $@
 

@@ -18,6 +18,7 @@ import hashlib
 import re
 from contextlib import contextmanager
 from functools import cache, cached_property
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -368,11 +369,15 @@ def parse_args(argv=None):
 
 
 def main(args):
-    from support import beetles, coco, labels, voc
-    make, *options = {"toy": (beetles.make_toy, args.num, args.cooccur),
-                      "voc": (voc.make_voc, args.sbd, args.download),
-                      "coco": (coco.make_coco, args.train_masks, args.download),
-                      "labels": (labels.make_labels,)}[args.dataset]
+    maker, make, *options = {
+        "toy": ("beetles", "make_toy", args.num, args.cooccur),
+        "voc": ("voc", "make_voc", args.sbd, args.download),
+        "coco": ("coco", "make_coco", args.train_masks, args.download),
+        "labels": ("labels", "make_labels")}[args.dataset]
+    try:
+        make = getattr(import_module(f"datasets.{maker}"), make)
+    except ModuleNotFoundError as error:
+        raise DataError(f"{error.name} is not installed: pip install -r datasets/requirements.txt")
     make(args.root, *options)
     folder = Folder(args.root)
     splits = sorted((args.root / "ImageSets/Segmentation").glob("*.txt"))

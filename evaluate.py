@@ -277,10 +277,13 @@ def draw_stages(args, folder, model, device, crf):
         seen.update(*(np.unique(mask).tolist() for mask in masks))
         rows.append([image, *(voc_palette()[mask] for mask in masks)])
     names = {k: "ignore" if k == IGNORE else folder.classes[k] for k in sorted(seen)}
-    draw(args.run / "figure.png", rows, ["image", "ground truth", "BPM (Eq. 10)", "pseudo (CRF)",
-                                         "DeepLabv2" + " + CRF" * bool(crf)], names,
+    titles = ["image", "ground truth", "BPM (Eq. 10)", "pseudo (CRF)",
+              "DeepLabv2" + " + CRF" * bool(crf)]
+    if len(rows) == 6 and max(row[0].shape[1] for row in rows) < 128:  # two small ones in a row
+        rows, titles = [a + b for a, b in zip(rows[::2], rows[1::2])], 2 * titles
+    draw(args.run / "figure.png", rows, titles, names,
          "Images that have pseudo masks, evenly spaced, not chosen. BPM and pseudo masks know the "
-         "image labels; DeepLabv2 does not.", width=11)
+         "image labels; DeepLabv2 does not.")
     print(f"written: {args.run}/figure.png")
 
 

@@ -10,7 +10,6 @@ import math
 import time
 
 import torch
-from torchmetrics.functional.classification import binary_average_precision
 
 from data import AUGMENT, Folder, LabelledImages, as_input, batches, loader, note_shared
 from model import (CPFCTE, ClassifierConfig, border_and_centre, classification_loss,
@@ -121,13 +120,21 @@ def validate(model, dataset, args, device):
                 border_background=border, centre_background=centre)
 
 
+def average_precision(scores, labels):
+    """Area under precision over recall; scores (n,), labels (n,). Equal scores are one step."""
+    order = scores.argsort(descending=True)
+    hits, ranked = labels[order].double().cumsum(dim=0), scores[order]
+    steps = torch.cat([ranked.diff() != 0, torch.ones(1, dtype=torch.bool)])
+    precision = (hits / torch.arange(1, len(hits) + 1))[steps]
+    recall = hits[steps] / hits[-1]
+    return (precision * recall.diff(prepend=recall.new_zeros(1))).sum().item()
+
+
 def mean_average_precision(scores, labels):
     """Mean over the object classes that occur of the average precision; (n, C) each."""
-    occurs = labels[:, 1:].any(dim=0).nonzero().flatten() + 1
-    if not len(occurs):
-        return None
-    return torch.stack([binary_average_precision(scores[:, c], labels[:, c].long())
-                        for c in occurs]).mean().item()
+    occurs = [c for c in range(1, labels.shape[1]) if labels[:, c].any()]
+    found = [average_precision(scores[:, c], labels[:, c]) for c in occurs]
+    return sum(found) / len(found) if found else None
 
 
 def main(args):

@@ -37,10 +37,10 @@ from figures import of_stage, save, show  # noqa: E402
 from make_pseudo import present_probs, pseudo_masks  # noqa: E402
 from model import CPFCTE, ClassifierConfig, classification_loss, load_model  # noqa: E402
 from model import pool_patches, upsample  # noqa: E402
-from support.beetles import HEADS, PATTERNS, TOY_CLASSES, TOY_SIZE, toy_scene  # noqa: E402
+from datasets.beetles import HEADS, PATTERNS, TOY_CLASSES, TOY_SIZE, toy_scene  # noqa: E402
 from support.crf import crf_settings, dense_crf  # noqa: E402
 from support.run import DataError, atomic, launch, load_checkpoint, save_checkpoint  # noqa: E402
-from support.voc import VOC_CLASSES  # noqa: E402
+from datasets.voc import VOC_CLASSES  # noqa: E402
 
 FILLS = {"train_cls": "#d9e8f6", "make_pseudo": "#dff0d8", "train_seg": "#fdebd0",
          "evaluate": "#ebdff5"}  # a stage's colour in all drawings

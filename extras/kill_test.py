@@ -19,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from support.beetles import make_toy  # noqa: E402  the six scripts are a folder, not a package
+from datasets.beetles import make_toy  # noqa: E402  the six scripts are a folder, not a package
 from support.run import DataError, launch, number  # noqa: E402
 
 STAGES = {  # flags with which a stage works longer than it takes to start, and what it writes

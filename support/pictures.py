@@ -1,34 +1,47 @@
 """Pictures of masks: rows of them beside their images, and the overlay on a photo."""
-import matplotlib
+import textwrap
+
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch.nn.functional import max_pool2d
 
 from data import voc_palette
 from support.run import atomic
 
 PICTURE = "drawn by evaluate.py"  # noted in the file
+GAP, LINE, COLUMNS = 8, 20, 5  # pixels between pictures, height of a line of text, of the legend
 
 
-@matplotlib.rc_context({"text.parse_math": False})  # a $ in a name is a $
-def draw(path, rows, titles, names, about, width):
-    """Write rows of pictures (H, W, 3) and a legend; names {class number: name}."""
-    shapes = [min(row[0].shape[0] / row[0].shape[1], 3) for row in rows]  # a row's are alike
-    figure = Figure((width, sum(shapes) * width / len(titles) + 1.2), layout="constrained")
-    axes = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=shapes)
-    for axis, picture in zip(axes.flat, sum(rows, [])):
-        axis.imshow(picture, interpolation="nearest")
-        axis.set_axis_off()
-    for axis, title in zip(axes[0], titles):
-        axis.set_title(title)
-    figure.suptitle(about, fontsize=9)
-    figure.legend(handles=[Patch(facecolor=voc_palette()[k] / 255, edgecolor="black", label=name)
-                           for k, name in names.items()],
-                  loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+def draw(path, rows, titles, names, about, width=1100):
+    """Write rows of pictures (H, W, 3) and a legend; names {class number: name}; width: pixels."""
+    side = width // len(titles) - GAP
+    heights = [round(side * min(row[0].shape[0] / row[0].shape[1], 3)) for row in rows]
+    words, lines = textwrap.wrap(about, width // 8), -(-len(names) // COLUMNS)
+    height = LINE * (len(words) + lines + 1) + sum(heights) + GAP * len(rows)
+    canvas = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    for k, line in enumerate(words):
+        pen.text((width / 2, LINE * (k + 0.5)), line, "black", font, anchor="mm")
+    x, y = [GAP // 2 + (side + GAP) * k for k in range(len(titles))], LINE * len(words)
+    for left, title in zip(x, titles):
+        pen.text((left + side / 2, y + LINE / 2), title, "black", font, anchor="mm")
+    y += LINE
+    for row, high in zip(rows, heights):
+        for left, picture in zip(x, row):
+            enlarged = picture.shape[1] < side
+            how = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
+            canvas.paste(Image.fromarray(picture).resize((side, high), how), (left, y))
+        y += high + GAP
+    for k, (number, name) in enumerate(names.items()):
+        left, top = width // COLUMNS * (k % COLUMNS) + GAP, y + LINE * (k // COLUMNS)
+        colour = tuple(voc_palette()[number].tolist())
+        pen.rectangle((left, top + 4, left + 16, top + 16), colour, "black")
+        pen.text((left + 22, top + LINE / 2), name, "black", font, anchor="lm")
+    facts = PngImagePlugin.PngInfo()
+    facts.add_text("Title", PICTURE)
     with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100, metadata={"Title": PICTURE})
+        canvas.save(temporary, format="PNG", pnginfo=facts)
 
 
 def draw_overlay(path, image, mask, names, titles):
@@ -38,4 +51,4 @@ def draw_overlay(path, image, mask, names, titles):
     grown = max_pool2d(torch.tensor(mask)[None].float(), 3, 1, 1)[0].numpy()  # 1 pixel wider
     alpha = np.where(grown != mask, 1, 0.45)[..., None] * (grown > 0)[..., None]
     overlay = (1 - alpha) * image + alpha * voc_palette()[grown.astype(np.uint8)]
-    draw(path, [[image, overlay.astype(np.uint8)]], titles, names, "", width=11)
+    draw(path, [[image, overlay.astype(np.uint8)]], titles, names, "")

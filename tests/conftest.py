@@ -42,7 +42,7 @@ def in_process(stage, *arguments):
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
     """A toy data set of 24 + 8 + 8 images; tests read it and never write to it."""
-    from support import beetles
+    from datasets import beetles
     root = tmp_path_factory.mktemp("data") / "toy"
     beetles.make_toy(root, (24, 8, 8))
     return root

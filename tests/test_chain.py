@@ -16,9 +16,9 @@ import make_pseudo
 import train_cls
 import train_seg
 from conftest import ROOT, in_process, needs_compiler
+from datasets import coco as coco_maker
+from datasets.beetles import TOY_CLASSES
 from support import backbones
-from support import coco as coco_maker
-from support.beetles import TOY_CLASSES
 from support.pictures import PICTURE
 from support.run import DataError
 
@@ -73,6 +73,22 @@ def test_the_chain_writes_what_the_readme_says(run, toy):
         assert figure.width > 700 and figure.height > 700
     cls = torch.load(run / "cls.pt", weights_only=True)
     assert cls["config"]["class_tokens"] == "soft" and cls["epoch"] == 2 and cls["classes"]
+
+
+def test_the_stages_need_the_users_packages_only(toy, tmp_path):
+    """requirements.txt has none of these three: they are of extras/, datasets/ and tests/."""
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys(("matplotlib", "torchmetrics", "pycocotools")))
+import data, evaluate, make_pseudo, train_cls, train_seg
+words = ["--data", {str(toy)!r}, "--run", {str(tmp_path)!r}, "--workers", "0"]
+for stage, flags in ((train_cls, {CLS}), (make_pseudo, ()), (train_seg, {SEG}), (evaluate, ())):
+    stage.main(stage.parse_args([*words, *flags]))
+data.main(data.parse_args(["toy", "--root", {str(tmp_path / "more")!r}, "--num", "1", "1", "1"]))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "figure.png") as picture:
+        assert picture.info["Title"] == PICTURE and picture.width == 1100
 
 
 def test_scores_agree_with_a_count_over_the_written_files(run, toy):

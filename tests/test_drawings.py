@@ -16,7 +16,8 @@ import train_cls
 import train_seg
 from conftest import in_process
 from data import Folder
-from support import beetles, run
+from datasets import beetles
+from support import run
 from support.run import DataError
 
 TINY = ("--workers", "0", "--batch-size", "4")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchmetrics.functional.classification import binary_average_precision
 
 import train_cls
 from conftest import in_process
@@ -236,6 +237,16 @@ def test_map_by_hand():
     expected = ((1 / 1 + 2 / 3) / 2 + 1 / 2) / 2
     assert train_cls.mean_average_precision(scores, labels) == pytest.approx(expected)
     assert train_cls.mean_average_precision(scores[:, :1], labels[:, :1]) is None
+
+
+@pytest.mark.parametrize("values", [10, 10_000], ids=["ties", "few ties"])
+def test_average_precision_is_that_of_torchmetrics(values):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(values, (300, 9), generator=generator) / values
+    labels = (torch.rand(300, 9, generator=generator) < 0.3).float()
+    for ours, theirs in ((train_cls.average_precision(s, y), binary_average_precision(s, y.long()))
+                         for s, y in zip(scores.T, labels.T)):
+        assert ours == pytest.approx(theirs.item(), rel=1e-5)
 
 
 def test_validation_pools_the_scores_of_every_image_in_order(toy, tmp_path):

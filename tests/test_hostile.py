@@ -31,7 +31,8 @@ import evaluate
 import make_pseudo
 import train_cls
 import train_seg
-from support import beetles, run
+from datasets import beetles
+from support import run
 from support.run import DataError, launch
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,7 +6,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STAGES = {"train_cls", "make_pseudo", "train_seg", "evaluate"}
-SUBJECTS = {"model", "data", *(f"support.{path.stem}" for path in ROOT.glob("support/*.py"))}
+SUBJECTS = {"model", "data", *(
+    f"{folder}.{path.stem}" for folder in ("datasets", "support")
+    for path in ROOT.glob(f"{folder}/*.py"))}
 FILES = {name: ROOT / f"{name.replace('.', '/')}.py" for name in sorted(STAGES | SUBJECTS)}
 
 
@@ -22,7 +24,7 @@ def modules(tree):
 
 @pytest.fixture(params=FILES)
 def file(request):
-    """(module name, source text, syntax tree) of each script and each file of support/."""
+    """(module name, source text, syntax tree) of each script and each file of datasets/ and support/."""
     text = FILES[request.param].read_text()
     return request.param, text, ast.parse(text)
 

@@ -8,7 +8,7 @@ from pycocotools.coco import COCO
 
 import data
 from data import Folder
-from support import beetles, coco as coco_maker, voc as voc_maker
+from datasets import beetles, coco as coco_maker, voc as voc_maker
 from support.run import DataError
 
 
