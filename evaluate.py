@@ -21,8 +21,9 @@ import torch
 
 from data import (IGNORE, Folder, Images, decode, is_whole, loader, mask_in, read_image,
                   read_mask, save_mask, voc_palette)
-from model import load_model, slide, upsample
+from model import upsample
 from support.crf import add_crf_flags, crf_settings, dense_crf
+from support.inference import load_model, slide
 from support.pictures import PICTURE, draw, draw_overlay
 from support.run import (DataError, atomic, check_finite, check_masks, claimed, digest, git_commit,
                          in_workers, join_processes, launch, open_run, progress, read_settings,

@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 from data import Folder, Images, as_input, is_whole, loader, save_mask
 from evaluate import miou, score_masks
-from model import load_model, slide, upsample
+from model import upsample
 from support.crf import add_crf_flags, crf_settings, dense_crf
+from support.inference import load_model, slide
 from support.run import (NO_SBD, DataError, check_masks, claimed, digest, in_workers,
                          join_processes, launch, log, number, open_run, progress, stage_flags)
 from support.tokens import add_tokens_flag, keep_tokens, learning_blocks

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from support.backbones import create_backbone
-from support.run import DataError, load_checkpoint, restore
+from support.run import DataError
 
 
 class Normalise(nn.Module):
@@ -50,54 +50,90 @@ class ClassifierConfig:
     dropout: float = 0.2          # before the BiLSTM and before the classifier; ViT-PCM's value
 
 
-class ContextFusion(nn.Module):
-    """CF-BiLSTM, Sec. 0.3.3, Eq. (3) to (6): (B, h, w, D) -> (B, h, w, D).
+# --- Eq. (3) to (6): the CF-BiLSTM of Sec. 0.3.3, and what --context has in its place -------------
+class RowsAndColumns(nn.Module):
+    """--context hv: one BiLSTM reads every row, another every column; (B, h, w, D) -> the same."""
 
-    hv: one BiLSTM along the rows and one along the columns, D/4 per direction. raster: one BiLSTM
-    along the whole row-major sequence, D/2 per direction. Class tokens, if given, lead every line.
-    Without recurrence, not in the paper: conv, a depthwise 7x7; pool, means of row and column.
-    """
-
-    def __init__(self, dim, context, dropout):
+    def __init__(self, D, dropout):
         super().__init__()
-        self.context, self.dropout = context, nn.Dropout(dropout)
-        if context in ("hv", "raster"):
-            directions = {"hv": 4, "raster": 2}[context]  # two for each line through a patch
-            self.lstms = nn.ModuleList(
-                nn.LSTM(dim, dim // directions, batch_first=True, bidirectional=True)
-                for _ in range(directions // 2))
-        else:
-            self.mix = {"conv": nn.Conv2d(dim, dim, 7, padding=3, groups=dim),
-                        "pool": nn.Linear(3 * dim, dim)}[context]
-        self.proj = nn.Linear(dim, dim)  # W_o, b_o
+        self.dropout = nn.Dropout(dropout)
+        self.lstms = nn.ModuleList(bilstm(D, D // 4) for _ in range(2))  # f and b of both: 4 D/4
+        self.proj = nn.Linear(D, D)  # W_o, b_o
+
+    def forward(self, tokens, class_tokens=None):                            # (B, h, w, D)
+        tokens = self.dropout(tokens)
+        rows = scan(self.lstms[0], tokens, class_tokens)                     # (B, h, w, D/2)
+        columns = scan(self.lstms[1], tokens.transpose(1, 2), class_tokens)  # (B, w, h, D/2)
+        hidden = torch.cat([rows, columns.transpose(1, 2)], dim=-1)          # (B, h, w, D)
+        return self.proj(hidden)                                             # Eq. (6)
+
+
+class RowMajor(nn.Module):
+    """--context raster: one BiLSTM reads all patches, row after row."""
+
+    def __init__(self, D, dropout):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.lstms = nn.ModuleList([bilstm(D, D // 2)])
+        self.proj = nn.Linear(D, D)
 
     def forward(self, tokens, class_tokens=None):
-        B, h, w, D = tokens.shape
-        tokens = self.dropout(tokens)
-        if self.context == "hv":
-            rows = self.scan(self.lstms[0], tokens, class_tokens)                  # (B, h, w, D/2)
-            columns = self.scan(self.lstms[1], tokens.transpose(1, 2), class_tokens)
-            hidden = torch.cat([rows, columns.transpose(1, 2)], dim=-1)            # (B, h, w, D)
-        elif self.context == "raster":
-            hidden = self.scan(self.lstms[0], tokens.reshape(B, 1, h * w, D), class_tokens)
-            hidden = hidden.view(B, h, w, D)
-        elif self.context == "conv":
-            hidden = F.gelu(self.mix(tokens.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        else:  # pool
-            lines = [tokens.mean(side, keepdim=True).expand_as(tokens) for side in (1, 2)]
-            hidden = F.gelu(self.mix(torch.cat([tokens, *lines], dim=-1)))
-        return self.proj(hidden)  # Eq. (6)
+        line = self.dropout(tokens).flatten(1, 2)[:, None]                   # (B, 1, N, D)
+        hidden = scan(self.lstms[0], line, class_tokens)                     # (B, 1, N, D)
+        return self.proj(hidden.view(tokens.shape))                          # Eq. (6)
 
-    @staticmethod
-    def scan(lstm, lines, class_tokens):
-        """Run lstm along each of the (B, lines, steps, D) lines, all with the same weights."""
-        B, number, steps, D = lines.shape
-        sequence = lines.reshape(B * number, steps, D)
-        if class_tokens is not None:  # (C, D): the forward LSTM reads them first; then dropped
-            sequence = torch.cat([class_tokens.expand(len(sequence), -1, -1), sequence], dim=1)
-        with torch.autocast(sequence.device.type, enabled=False):  # cuDNN's would be float16
-            hidden, _ = lstm(sequence.float())  # Eq. (3), (4); [forward ; backward] is Eq. (5)
-        return hidden[:, -steps:].reshape(B, number, steps, -1)
+
+class Convolution(nn.Module):
+    """--context conv, not in the paper: a depthwise 7x7, without recurrence."""
+
+    def __init__(self, D, dropout):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.mix = nn.Conv2d(D, D, 7, padding=3, groups=D)
+        self.proj = nn.Linear(D, D)
+
+    def forward(self, tokens, class_tokens=None):
+        mixed = self.mix(self.dropout(tokens).permute(0, 3, 1, 2))
+        return self.proj(F.gelu(mixed).permute(0, 2, 3, 1))
+
+
+class LineMeans(nn.Module):
+    """--context pool, not in the paper: each patch beside the means of its row and column."""
+
+    def __init__(self, D, dropout):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.mix = nn.Linear(3 * D, D)
+        self.proj = nn.Linear(D, D)
+
+    def forward(self, tokens, class_tokens=None):
+        tokens = self.dropout(tokens)
+        lines = [tokens.mean(side, keepdim=True).expand_as(tokens) for side in (1, 2)]
+        return self.proj(F.gelu(self.mix(torch.cat([tokens, *lines], dim=-1))))
+
+
+CONTEXTS = {"hv": RowsAndColumns, "raster": RowMajor, "conv": Convolution, "pool": LineMeans}
+
+
+def bilstm(D, hidden):
+    """A bidirectional LSTM: D numbers a step in, `hidden` of each direction out."""
+    return nn.LSTM(D, hidden, batch_first=True, bidirectional=True)
+
+
+def scan(lstm, lines, class_tokens=None):
+    """Let lstm read each of the lines (B, lines, steps, D) with the same weights.
+
+    Eq. (3): f_i = LSTM_f(p'_i, f_(i-1)). Eq. (4): b_i = LSTM_b(p'_i, b_(i+1)).
+    Eq. (5): [f_i ; b_i], which is what torch's bidirectional LSTM gives.
+    class_tokens (C, D) lead every line, where --class-tokens append asks for them.
+    """
+    B, number, steps, D = lines.shape
+    sequence = lines.reshape(B * number, steps, D)
+    if class_tokens is not None:
+        sequence = torch.cat([class_tokens.expand(len(sequence), -1, -1), sequence], dim=1)
+    with torch.autocast(sequence.device.type, enabled=False):  # cuDNN's LSTM would be float16
+        hidden, _ = lstm(sequence.float())                     # Eq. (3) to (5)
+    return hidden[:, -steps:].reshape(B, number, steps, -1)
 
 
 def initialise(module):
@@ -130,24 +166,27 @@ class CPFCTE(Network):
         self.normalise = Normalise(self.backbone)
         D, C = self.backbone.embed_dim, config.num_classes
         if config.class_tokens != "none":
-            self.class_tokens = nn.Parameter(torch.randn(C, D))  # T: unit variance, as the normed P
+            self.class_tokens = nn.Parameter(torch.randn(C, D))  # T, of unit variance as P is
         if config.class_tokens in ("soft", "all"):
             self.enhance_proj = nn.Linear(D + (D if config.class_tokens == "soft" else C * D), D)
         if config.context != "none":
-            self.context = ContextFusion(D, config.context, config.dropout)
-        if config.class_tokens == "append" and config.context not in ("hv", "raster"):
-            raise DataError("--class-tokens append needs --context hv or raster: without a BiLSTM "
-                            "the appended tokens never meet the patches")
+            self.context = CONTEXTS[config.context](D, config.dropout)
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(D, C, bias=False)  # W_c
+        self.initialise_head(pretrained or weights)
+        self.blocks_left = 0  # the last blocks, which tokens kept by --tokens have not been through
+
+    def initialise_head(self, pretrained):
+        """Keras's initialisation; Eq. (2) begins as if there were no class tokens; W_c at zero
+        beside a pretrained backbone, so that images decide and not chance (docs/PHOTOGRAPHS.md).
+        """
         for name, module in self.named_children():
             if name != "backbone":
                 module.apply(initialise)
-        if config.class_tokens in ("soft", "all"):  # starts as the model without class tokens
+        if self.config.class_tokens in ("soft", "all"):
             nn.init.eye_(self.enhance_proj.weight)
-        if pretrained or weights:  # the images decide, not chance: docs/PHOTOGRAPHS.md
+        if pretrained:
             nn.init.zeros_(self.classifier.weight)
-        self.blocks_left = 0  # the last blocks, which tokens kept by --tokens have not been through
 
     def forward(self, images):
         """Images (B, 3, H, W) in [0, 1], or what frozen_tokens() made of them (B, n, D) ->
@@ -194,12 +233,12 @@ class CPFCTE(Network):
 
     def enhance(self, tokens):
         """Eq. (2): p'_i = [p_i ; t(i)], then a linear map back to D."""
-        if self.config.class_tokens in ("append", "none"):
-            return tokens
         if self.config.class_tokens == "soft":
-            t = self.class_attention(tokens) @ self.class_tokens
-        else:  # all C tokens, flattened: after the linear map one constant vector, a bias
-            t = self.class_tokens.flatten().expand(*tokens.shape[:-1], -1)
+            t = self.class_attention(tokens) @ self.class_tokens            # (B, h, w, D)
+        elif self.config.class_tokens == "all":  # after the linear map a constant vector, a bias
+            t = self.class_tokens.flatten().expand(*tokens.shape[:-1], -1)  # (B, h, w, C D)
+        else:  # append: they join the BiLSTM's lines; none
+            return tokens
         return self.enhance_proj(torch.cat([tokens, t.to(tokens.dtype)], dim=-1))
 
     def class_attention(self, tokens):
@@ -251,41 +290,15 @@ def pool_by_place(patch_probs):
     return torch.cat([patch_probs[:, border, :1].mean(1), patch_probs[:, centre, 1:].mean(1)], 1)
 
 
-def upsample(maps, height, width):
-    """(P, h, w) -> (P, height, width), bilinear; maps that sum to one still do."""
-    return F.interpolate(maps[None], (height, width), mode="bilinear", align_corners=False)[0]
-
-
-def slide(network, images, cell, window=None, stride=None, bar=iter):
-    """The mean of network's probabilities (B, h, w, C) over overlapping windows of the images.
-
-    images (B, 3, H, W); network gives probabilities for cells of `cell` pixels a side, of which
-    window and stride (default: half a window) are multiples. Without a window, or where one covers
-    the images: network(images). bar shows progress along a list.
-    """
-    H, W = images.shape[-2:]
-    if not window or window >= max(H, W):
-        return network(images)
-    stride = stride or max(cell, window // 2 // cell * cell)
-    if window % cell or stride % cell or stride > window:
-        raise DataError(f"--window {window} and --stride {stride}: take multiples of {cell} "
-                        "pixels, and a stride of at most the window")
-    tops, lefts = ([*range(0, last, stride), last] for last in (
-        max(0, math.ceil((side - window) / cell)) * cell for side in (H, W)))
-    total = torch.zeros(())
-    for top, left in bar([(top, left) for top in tops for left in lefts]):
-        probs = network(images[..., top:top + window, left:left + window])
-        before = left // cell, top // cell
-        after = (math.ceil(W / cell) - before[0] - probs.shape[2],
-                 math.ceil(H / cell) - before[1] - probs.shape[1])
-        total = total + F.pad(probs, (0, 0, before[0], after[0], before[1], after[1]))
-    return total / total.sum(dim=-1, keepdim=True)  # each window adds one: the sum counts them
-
-
 def classification_loss(scores, image_labels):
     """Eq. (9): binary cross-entropy between s and y, (B, C) each, mean over classes and images."""
     s, y = scores.float().clamp(1e-6, 1 - 1e-6), image_labels
     return -(y * s.log() + (1 - y) * (1 - s).log()).mean()
+
+
+def upsample(maps, height, width):
+    """(P, h, w) -> (P, height, width), bilinear; maps that sum to one still do."""
+    return F.interpolate(maps[None], (height, width), mode="bilinear", align_corners=False)[0]
 
 
 # --- DeepLabv2 ---------------------------------------------------------------------------------
@@ -340,16 +353,3 @@ class DeepLabv2(Network):
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval().requires_grad_(False)
-
-
-def load_model(path, kind, config=None, model=None):
-    """(network, checkpoint) of RUN/cls.pt, RUN/seg.pt or another kind of network, ready to use."""
-    checkpoint = load_checkpoint(path, kind)
-    config, model = {"cls": (ClassifierConfig, CPFCTE),
-                     "seg": (SegmenterConfig, DeepLabv2)}.get(kind, (config, model))
-    try:
-        network = model(config(**checkpoint["config"]))
-    except TypeError as error:
-        raise DataError(f"{path} is of another version ({error}): train anew")
-    restore(path, checkpoint, model=network)
-    return network.eval(), checkpoint

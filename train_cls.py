@@ -59,6 +59,9 @@ def parse_args(argv=None):
     add("--module-lr", 1.0, "rate of class tokens and context as a multiple of the others'",
         photo=0.1, high=1000)
     args = flags.parse(argv)
+    if args.class_tokens == "append" and args.context not in ("hv", "raster"):
+        flags.error("--class-tokens append needs --context hv or raster: without a BiLSTM the "
+                    "appended tokens never meet the patches")
     if args.tokens and args.augment:
         flags.error("--tokens keeps one view of each image: pass --augment without a name")
     return args
@@ -177,10 +180,10 @@ def main(args):
             images = as_input(images, device)
             image_labels = image_labels.to(device, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                patch_probs = network(images)                            # Eq. (1) to (7)
-            scores = (pool_by_place(patch_probs) if step < args.centre_steps else
-                      pool_patches(patch_probs, args.pool, args.top_k))  # Eq. (8)
-            loss = classification_loss(scores, image_labels)             # Eq. (9)
+                Y = network(images)                          # Eq. (1) to (7)  (B, h, w, C)
+            s = (pool_by_place(Y) if step < args.centre_steps else
+                 pool_patches(Y, args.pool, args.top_k))     # Eq. (8)         (B, C)
+            loss = classification_loss(s, image_labels)      # Eq. (9)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -30,8 +30,8 @@ from cpews_model import (CPEWS, CPEWSConfig, false_scores, ism_loss, make_pools,
                          pdl_loss, pixel_labels, prototype_distances, region_features, seg_loss,
                          ssl_loss, superclasses, token_labels)
 from data import IGNORE, Folder, Images, loader  # noqa: E402
-from model import load_model  # noqa: E402
 from support import crf, run  # noqa: E402
+from support.inference import load_model  # noqa: E402
 from support.run import DataError  # noqa: E402
 
 WEIGHT_DECAY, POLY_POWER = 0.01, 0.9

@@ -35,12 +35,13 @@ from data import IGNORE, Folder, Images, read_image, read_mask, voc_palette  # n
 from evaluate import confusion_matrix, miou  # noqa: E402
 from figures import of_stage, save, show  # noqa: E402
 from make_pseudo import present_probs, pseudo_masks  # noqa: E402
-from model import CPFCTE, ClassifierConfig, classification_loss, load_model  # noqa: E402
-from model import pool_patches, upsample  # noqa: E402
 from datasets.beetles import HEADS, PATTERNS, TOY_CLASSES, TOY_SIZE, toy_scene  # noqa: E402
-from support.crf import crf_settings, dense_crf  # noqa: E402
-from support.run import DataError, atomic, launch, load_checkpoint, save_checkpoint  # noqa: E402
 from datasets.voc import VOC_CLASSES  # noqa: E402
+from model import CPFCTE, ClassifierConfig, classification_loss  # noqa: E402
+from model import pool_patches, upsample  # noqa: E402
+from support.crf import crf_settings, dense_crf  # noqa: E402
+from support.inference import load_model  # noqa: E402
+from support.run import DataError, atomic, launch, load_checkpoint, save_checkpoint  # noqa: E402
 
 FILLS = {"train_cls": "#d9e8f6", "make_pseudo": "#dff0d8", "train_seg": "#fdebd0",
          "evaluate": "#ebdff5"}  # a stage's colour in all drawings
@@ -347,7 +348,7 @@ def draw_beetle(args):
 def reach(context, side, row=None, column=None):
     """(side, side) float64: the norm of the derivative of one patch's output by each patch.
 
-    Of ContextFusion with random weights, fed with noise; exactly zero: no influence.
+    Of a context module with random weights, fed with noise; exactly zero: no influence.
     """
     torch.manual_seed(0)
     model = CPFCTE(ClassifierConfig(len(TOY_CLASSES), "vit_toy", context=context)).eval()

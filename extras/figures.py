@@ -28,8 +28,9 @@ import make_pseudo  # noqa: E402
 from ablate import STUDIES, folder_name  # noqa: E402  the scripts are no package
 from data import Folder, Images, read_image, read_mask, voc_palette  # noqa: E402
 from evaluate import confusion_of, miou, predict, predict_logits  # noqa: E402
-from model import classification_loss, load_model, pool_patches  # noqa: E402
+from model import classification_loss, pool_patches  # noqa: E402
 from support.crf import crf_settings  # noqa: E402
+from support.inference import load_model  # noqa: E402
 from support.run import DataError, atomic, in_workers, launch, read_text  # noqa: E402
 
 # photographs of scikit-image: CC0 or in the public domain, as its documentation says of each

@@ -18,7 +18,7 @@ from support.run import DataError, launch, write_lines  # noqa: E402  the script
 EXERCISES = {
     "2": ("model.py", ["CPFCTE.enhance", "CPFCTE.class_attention"],
           "Eq. (2), Sec. 0.3.2: [p_i ; t(i)], then a linear map back to D"),
-    "3": ("model.py", ["ContextFusion.forward", "ContextFusion.scan"],
+    "3": ("model.py", ["RowsAndColumns.forward", "RowMajor.forward", "scan"],
           "Eq. (3) to (6), Sec. 0.3.3: hv and raster; class tokens lead each line; float32"),
     "8": ("model.py", ["pool_patches"],
           "Eq. (8), Sec. 0.3.4: mean of each class's K largest scores; max: K = 1, avg: K = N"),

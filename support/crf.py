@@ -76,6 +76,24 @@ def dense_crf(image, probs, *, backend="auto", iterations=10, gaussian_sxy=1, ga
     return torch.tensor(Q, device=probs.device).view(C, H, W)
 
 
+@torch.no_grad()
+def mean_field(image, unary, iterations, sxy, compat, bilateral_sxy, bilateral_srgb,
+               bilateral_compat):
+    """image (H, W, 3) uint8, unary (C, H, W) float32 = -log p -> Q (C, H, W), all on one device."""
+    C, H, W = unary.shape
+    colours = image.permute(2, 0, 1).flatten(1).float()
+    places = positions(H, W, unary.device)
+    bilateral = GaussianFilter(torch.cat([places / bilateral_sxy, colours / bilateral_srgb]))
+    gaussian = spatial_filter(H, W, sxy, unary.device)
+    log_p = -unary.flatten(1).T.contiguous()  # (N, C)
+    Q = log_p.softmax(dim=1)
+    for _ in range(iterations):  # Potts model: a class gains where similar pixels have it
+        messages = compat * gaussian(Q) + bilateral_compat * bilateral(Q)
+        Q = (log_p + messages).softmax(dim=1)
+    return Q.T.reshape(C, H, W)
+
+
+# --- the lattice: skip on a first reading -------------------------------------------------------
 def enclosing_simplex(features):
     """The lattice simplex around each point of features (d, N) (Adams et al., Sec. 3.1).
 
@@ -176,20 +194,3 @@ def positions(height, width, device):
 def spatial_filter(height, width, sxy, device):
     """The filter over positions alone, which images of one size share."""
     return GaussianFilter(positions(height, width, device) / sxy)
-
-
-@torch.no_grad()
-def mean_field(image, unary, iterations, sxy, compat, bilateral_sxy, bilateral_srgb,
-               bilateral_compat):
-    """image (H, W, 3) uint8, unary (C, H, W) float32 = -log p -> Q (C, H, W), all on one device."""
-    C, H, W = unary.shape
-    colours = image.permute(2, 0, 1).flatten(1).float()
-    places = positions(H, W, unary.device)
-    bilateral = GaussianFilter(torch.cat([places / bilateral_sxy, colours / bilateral_srgb]))
-    gaussian = spatial_filter(H, W, sxy, unary.device)
-    log_p = -unary.flatten(1).T.contiguous()  # (N, C)
-    Q = log_p.softmax(dim=1)
-    for _ in range(iterations):  # Potts model: a class gains where similar pixels have it
-        messages = compat * gaussian(Q) + bilateral_compat * bilateral(Q)
-        Q = (log_p + messages).softmax(dim=1)
-    return Q.T.reshape(C, H, W)

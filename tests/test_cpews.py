@@ -19,9 +19,9 @@ import train_seg
 from conftest import in_process
 from cpews_model import CPEWS, CPEWSConfig
 from data import Folder
-from model import load_model
 from datasets import beetles, coco as coco_maker, voc as voc_maker
 from support import run
+from support.inference import load_model
 from support.run import DataError
 
 VOC_DILATIONS = (1, 2, 4, 8, 12, 24)

@@ -11,8 +11,9 @@ from torch import nn
 import data
 import train_seg
 from data import Folder
-from model import DeepLabv2, SegmenterConfig, load_model
+from model import DeepLabv2, SegmenterConfig
 from support import run
+from support.inference import load_model
 from support.run import DataError
 
 C = 5

@@ -81,7 +81,8 @@ def test_local_weights_of_another_grid_and_with_a_head(tmp_path):
     assert model.backbone.pos_embed.shape[1] == 1 + 14 * 14
 
 
-@pytest.mark.parametrize("write, words", [(None, "not found"), (b"not weights", "--no-pretrained")])
+@pytest.mark.parametrize("write, words", [
+    (None, "not found"), (b"not weights", "--weights takes the file of timm/vit_tiny")])
 def test_bad_weights_are_one_line(tmp_path, write, words):
     if write:
         (tmp_path / "bad.pth").write_bytes(write)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+import train_cls
 from model import CPFCTE, ClassifierConfig
-from support.run import DataError
 
 B, C, h, w = 2, 5, 3, 4
 pytestmark = pytest.mark.eq2
@@ -65,6 +65,8 @@ def test_append_and_none_leave_the_patch_tokens_alone():
 
 
 @pytest.mark.parametrize("context", ["none", "conv", "pool"])
-def test_append_needs_a_bilstm(context):
-    with pytest.raises(DataError, match="--context hv or raster"):
-        tiny(class_tokens="append", context=context)
+def test_append_needs_a_bilstm(context, capsys):
+    words = "--data x --run y --preset toy --class-tokens append --context".split()
+    with pytest.raises(SystemExit):
+        train_cls.parse_args([*words, context])
+    assert "append needs --context hv or raster" in capsys.readouterr().err

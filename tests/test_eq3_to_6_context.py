@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import CPFCTE, ClassifierConfig, ContextFusion
+from model import CONTEXTS, CPFCTE, ClassifierConfig, scan
 
 B, C, h, w, D = 2, 5, 3, 4, 8
 
@@ -38,7 +38,7 @@ def both_ways(lstm, line):
 
 def fusion(context):
     torch.manual_seed(0)
-    return ContextFusion(D, context, dropout=0.2).eval()
+    return CONTEXTS[context](D, dropout=0.2).eval()
 
 
 def projection(fuse):
@@ -119,9 +119,9 @@ def test_appended_tokens_lead_every_line_and_are_dropped():
 @eq3_to_6
 def test_the_lstms_run_in_float32_under_autocast():
     fuse, tokens = fusion("hv"), torch.randn(1, h, w, D)
-    exact = fuse.scan(fuse.lstms[0], tokens, None)
+    exact = scan(fuse.lstms[0], tokens)
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = fuse.scan(fuse.lstms[0], tokens, None)
+        hidden = scan(fuse.lstms[0], tokens)
         assert fuse(tokens).dtype == torch.bfloat16  # Eq. (6) is under autocast
     assert torch.equal(hidden, exact)
 

@@ -85,7 +85,7 @@ def test_a_stage_that_fails_is_a_row_that_says_so(args):
 @pytest.mark.parametrize("context", ["hv", "raster"])
 def test_lstms_in_bfloat16_are_those_in_float32_up_to_rounding(context):
     torch.manual_seed(0)
-    fusion, tokens = model.ContextFusion(16, context, 0.0), torch.randn(2, 3, 4, 16)
+    fusion, tokens = model.CONTEXTS[context](16, 0.0), torch.randn(2, 3, 4, 16)
     exact = fusion(tokens)
     with meter.lstms_in_bfloat16():
         rounded = fusion(tokens)

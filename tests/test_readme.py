@@ -144,3 +144,23 @@ def test_every_page_and_picture_is_reached():
 
 def test_the_readme_has_three_screens():
     assert len(README.splitlines()) <= 170
+
+
+WALK = re.findall(r"^```python (\S+)\n(.*?)^```", PAGES[Path("docs/WALKTHROUGH.md")],
+                  re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("file, block", WALK,
+                         ids=[f"{k}-{file}" for k, (file, _) in enumerate(WALK)])
+def test_the_walkthrough_quotes_what_is_there(file, block):
+    source = (ROOT / file).read_text()
+    for piece in block.split("...\n"):  # whole lines, one after the other
+        assert piece.strip() and f"\n{piece}" in source, piece
+
+
+def test_the_walkthrough_has_every_equation():
+    sections = PAGES[Path("docs/WALKTHROUGH.md")].split("\n## ")
+    for name in ("Eq. (1):", "Eq. (2):", "Eq. (3) to (6):", "Eq. (7):", "Eq. (8):", "Eq. (9):",
+                 "Eq. (10):", "The dense CRF", "mIoU"):
+        section = next(text for text in sections if text.startswith(name))
+        assert "$$" in section and "```python" in section, name

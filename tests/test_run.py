@@ -15,8 +15,9 @@ import make_pseudo
 import train_cls
 import train_seg
 from conftest import needs_compiler
-from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig, load_model
+from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig
 from support import run
+from support.inference import load_model
 from support.run import DataError, Flags, in_workers
 
 STAGES = [train_cls, make_pseudo, train_seg, evaluate]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import evaluate
-from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig, slide
+from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig
+from support.inference import slide
 from support.run import DataError
 
 CELL, C = 8, 3
