@@ -19,7 +19,6 @@ import data
 import evaluate
 import figures
 import gpu
-import kill_test
 import make_pseudo
 import patch_grid
 import train_cls
@@ -368,24 +367,3 @@ def test_a_quick_benchmark_fills_its_table(capsys, monkeypatch):
         assert len(notes[part]) == 4 and {unit for _, unit, _ in notes[part]} == {"% of the step"}
     measured = {key for key in gpu.GOALS if key[0] in ("- context", "CRF, torch")}
     assert len(measured) == 2 and measured <= {(part, setting) for part, setting, *_ in rows}
-
-
-# --- extras/kill_test.py -----------------------------------------------------------------------
-
-def test_every_difference_of_a_killed_run_is_seen(tmp_path):
-    def made(name, weight=0.0, colour=0, miou=0.5, leftover=False):
-        home = tmp_path / name
-        data.save_mask(home / "pred/a.png", np.full((2, 2), colour))
-        for file in ("cls.pt", "seg.pt"):
-            torch.save(dict(model=dict(w=torch.tensor(weight))), home / file)
-        results = dict(miou=miou, masks=str(home), checkpoint=str(home))
-        run.write_lines(home / "results.json", [json.dumps(results)])
-        if leftover:
-            (home / "pred/.b.png.tmp").touch()
-        return kill_test.products(home)
-
-    whole = made("whole")
-    assert whole == made("equal") and len(whole) == 4
-    for name, change in (("weight", dict(weight=0.1)), ("mask", dict(colour=1)),
-                         ("score", dict(miou=0.6)), ("leftover", dict(leftover=True))):
-        assert whole != made(name, **change)
