@@ -234,8 +234,8 @@ class Images(Dataset):
             if not folder.image_path(image_id).is_file():
                 raise DataError(f"{folder.image_path(image_id)} not found: add it, or take it out "
                                 "of the split")
-        bicubic = v2.InterpolationMode.BICUBIC
-        self.resize = v2.Compose([v2.Resize((size, size), bicubic), v2.PILToTensor()])
+        self.resize = v2.Resize((size, size), v2.InterpolationMode.BICUBIC)  # PIL -> PIL
+        self.as_tensor = v2.PILToTensor()
 
     def __len__(self):
         return len(self.ids)
@@ -246,8 +246,9 @@ class Images(Dataset):
 
     def __getitem__(self, index):
         image, image_id = self.read(index), self.ids[index]
-        resized = self.resize(image) if self.tokens is None else self.tokens[image_id]
-        return image_id, np.array(image), resized
+        if self.tokens is None:
+            return image_id, np.array(image), self.as_tensor(self.resize(image))
+        return image_id, np.array(image), self.tokens[image_id]
 
 
 @contextmanager
@@ -271,7 +272,8 @@ class LabelledImages(Images):
         if self.tokens is not None:
             return self.tokens[self.ids[index]], self.labels[index]
         with seeded(self.seed, draw):
-            return self.augment(self.resize(self.read(index))), self.labels[index]
+            image = self.augment(self.resize(self.read(index)))  # PIL's jitter is the faster one
+            return self.as_tensor(image), self.labels[index]
 
 
 class MaskedImages(Images):

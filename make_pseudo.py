@@ -125,7 +125,7 @@ def main(args):
         paths = ([out / f"{i}.png" for out in outputs] for i in mine)
         todo = [i for i, whole in zip(mine, in_workers(is_whole, paths, args.workers)) if not whole]
 
-    # --- masks ---
+    # --- masks: results come as the loop asks for them, in the order of todo ---
     began, workers = time.time(), 0 if device.type == "cuda" else args.workers
     dataset = Images(folder, todo, args.size)
     if args.tokens:

@@ -202,7 +202,7 @@ class CPFCTE(Network):
     def patch_tokens(self, images):
         """Eq. (1): P = ViT(x), the normed patch tokens (B, h, w, D); its own [CLS] is dropped."""
         vit = self.backbone
-        if images.ndim == 3:  # frozen_tokens() of square images: what is left of the ViT
+        if images.ndim == 3:  # kept by --tokens, of square images: what is left of the ViT
             tokens = images
             if self.blocks_left:
                 tokens = vit.norm(vit.blocks[-self.blocks_left:](images))
@@ -232,7 +232,7 @@ class CPFCTE(Network):
         return entering[0]
 
     def enhance(self, tokens):
-        """Eq. (2): p'_i = [p_i ; t(i)], then a linear map back to D."""
+        """Eq. (2): [p_i ; t(i)], then a linear map back to D: p'_i, (B, h, w, D)."""
         if self.config.class_tokens == "soft":
             t = self.class_attention(tokens) @ self.class_tokens            # (B, h, w, D)
         elif self.config.class_tokens == "all":  # after the linear map a constant vector, a bias
@@ -268,9 +268,10 @@ def pool_patches(patch_probs, pool="topk", top_k=6):
     """Eq. (8), Table 5: Y (B, h, w, C) -> image scores s (B, C)."""
     Y = patch_probs.flatten(1, 2)  # (B, N, C)
     K = {"max": 1, "avg": Y.shape[1], "topk": min(top_k, Y.shape[1])}[pool]
+    # patches that tie at the K-th place share what is left: K = 3 of 5, 4, 4, 4 is 1, 2/3, 2/3, 2/3
     least = Y.topk(K, dim=1).values[:, -1:]
-    above, equal = Y > least, Y == least  # patches that tie share the places that are left: topk
-    share = (K - above.sum(1, keepdim=True)) / equal.sum(1, keepdim=True)  # takes the first ones
+    above, equal = Y > least, Y == least
+    share = (K - above.sum(1, keepdim=True)) / equal.sum(1, keepdim=True)
     return ((above + share * equal) * Y).sum(dim=1) / K  # Eq. (8): mean of the K largest scores
 
 

@@ -22,7 +22,7 @@ from support.tokens import add_tokens_flag, keep_tokens, learning_blocks
 def parse_args(argv=None):
     """The flags of stage 1."""
     flags = stage_flags(__doc__, trains=True)
-    add = flags.add
+    add = flags.add  # of voc; a preset that departs from it is named; photo follows voc_small
     add("--train-split", "trainaug", "split to train on", **NO_SBD)
     add("--val-split", "val", "split whose image labels score each epoch; none: no score")
     add("--size", 384, "resize images to SIZE x SIZE", toy=96, voc_small=224, photo=448, low=1)
@@ -105,7 +105,7 @@ def validate(model, dataset, args, device):
     """
     model.eval()
     scores, shares = [], []
-    in_order = [(index, 0) for index in range(len(dataset))]
+    in_order = [(index, 0) for index in range(len(dataset))]  # (index, number of the draw)
     for images, _ in loader(dataset, args, device, batch_size=args.batch_size, sampler=in_order):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             patch_probs = model(as_input(images, device))

@@ -146,8 +146,9 @@ def test_the_readme_has_three_screens():
     assert len(README.splitlines()) <= 170
 
 
-WALK = re.findall(r"^```python (\S+)\n(.*?)^```", PAGES[Path("docs/WALKTHROUGH.md")],
+WALK = re.findall(r"^`([^`\n]+\.py)`, [^\n]*:\n\n```python\n(.*?)^```", PAGES[Path("docs/WALKTHROUGH.md")],
                   re.DOTALL | re.MULTILINE)
+assert len(WALK) == PAGES[Path("docs/WALKTHROUGH.md")].count("```python") > 15
 
 
 @pytest.mark.parametrize("file, block", WALK,
@@ -163,4 +164,4 @@ def test_the_walkthrough_has_every_equation():
     for name in ("Eq. (1):", "Eq. (2):", "Eq. (3) to (6):", "Eq. (7):", "Eq. (8):", "Eq. (9):",
                  "Eq. (10):", "The dense CRF", "mIoU"):
         section = next(text for text in sections if text.startswith(name))
-        assert "$$" in section and "```python" in section, name
+        assert "```math" in section and "```python" in section, name
