@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Mask
 
-from support.run import DataError, atomic, ignore_interrupts, launch, number, read_text, write_lines
+from support.run import (DataError, atomic, ignore_interrupts, lack, launch, number, read_text,
+                         write_lines)
 
 IGNORE = 255  # the mask value that is never trained on and never scored
 AUGMENT = {  # of stage 1; the paper names none, the jitter's strength is ours
@@ -38,21 +39,40 @@ AUGMENT = {  # of stage 1; the paper names none, the jitter's strength is ours
 
 
 # --- the folder --------------------------------------------------------------------------------
+ENDINGS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")  # of images
+
+
 def line_id(line, where):
-    """The id that a line of a split names: ID, or as the field's lists have it ID.jpg, or
+    """The name that a line of a split gives: ID, or as the field's lists have it ID.jpg, or
     /JPEGImages/ID.jpg /SegmentationClassAug/ID.png.
     """
-    names = [re.sub(r"^/?(JPEGImages|SegmentationClass\w*)/", "", word) for word in line.split()]
-    names = [re.sub(r"\.(jpe?g|png)$", "", name, flags=re.IGNORECASE) for name in names]
-    if len(names) == 2 and names[1] in ("1", "0", "-1"):
-        raise DataError(f"{where}: {line!r} is of ImageSets/Main, which lists for one class where "
-                        "it shows: take the lists of ImageSets/Segmentation, or one ID a line")
-    if len({*names}) > 1:
-        raise DataError(f"{where}: {line!r} has a blank, which no id may have: rename the file")
-    image_id = names[0]
-    if Path(image_id).name != image_id or "\\" in image_id or image_id.startswith("."):
-        raise DataError(f"{where}: {image_id!r} is no name of a file")
-    return image_id
+    words = [re.sub(r"^(.*/)?(JPEGImages|SegmentationClass\w*)/", "", word)
+             for word in line.split()]
+    if len({without_ending(word) for word in words}) > 1:
+        if words[-1] in ("1", "0", "-1"):
+            raise DataError(f"{where}: {line!r} has a blank. A list of ImageSets/Main, which says "
+                            "where one class shows? Take those of ImageSets/Segmentation. A name "
+                            "with a blank? Rename the file")
+        raise DataError(f"{where}: {line!r} has a blank: a line is one ID, and no ID has blanks")
+    if Path(words[0]).name != words[0] or "\\" in words[0] or words[0].startswith("."):
+        raise DataError(f"{where}: {words[0]!r} is no name of a file")
+    return words[0]
+
+
+def without_ending(name):
+    """ID.jpg -> ID."""
+    return next((name.removesuffix(end) for end in ENDINGS if name.endswith(end)), name)
+
+
+def check_classes(classes, where):
+    """Refuse names with spaces, a name twice, no background, or more than a mask can hold."""
+    for name in classes:
+        if len(name.split()) != 1 or classes.count(name) > 1:
+            raise DataError(f"{where}: {name!r} has a space, or is there twice")
+    if classes[0] != "background":
+        raise DataError(f"{where} begins with {classes[0]!r}: class 0 is 'background'")
+    if len(classes) > IGNORE:
+        raise DataError(f"{where} has {len(classes)} classes: a mask can hold {IGNORE}")
 
 
 class Folder:
@@ -63,13 +83,7 @@ class Folder:
         if not self.root.is_dir():
             raise DataError(f"{root} not found: make it with data.py (python data.py --help)")
         where, self.classes = self.root / "classes.txt", [*self._lines("classes.txt").values()]
-        for name in self.classes:
-            if len(name.split()) != 1 or self.classes.count(name) > 1:
-                raise DataError(f"{where}: {name!r} has a space, or is there twice")
-        if self.classes[0] != "background":
-            raise DataError(f"{where} begins with {self.classes[0]!r}: class 0 is 'background'")
-        if len(self.classes) > IGNORE:
-            raise DataError(f"{where} has {len(self.classes)} classes: a mask can hold {IGNORE}")
+        check_classes(self.classes, where)
         if checkpoint and checkpoint["classes"] != self.classes:
             raise DataError(f"{where} has other classes than the checkpoint was trained on")
 
@@ -90,17 +104,23 @@ class Folder:
         """The ids of ImageSets/Segmentation/SPLIT.txt, in its order."""
         name = f"ImageSets/Segmentation/{split}.txt"
         lines, where = self._lines(name), self.root / name
-        ids = [line_id(line, f"{where}, line {k}") for k, line in lines.items()]
+        ids = [self._id(line_id(line, f"{where}, line {k}")) for k, line in lines.items()]
         if len(set(ids)) < len(ids):
             twice = next(image_id for image_id in ids if ids.count(image_id) > 1)
             raise DataError(f"{where} lists {twice} twice")
         return ids
 
+    def _id(self, name):
+        """A name without its ending, if it has one that is not the image's own."""
+        short = without_ending(name)
+        return name if short == name or self.image_path(name).is_file() else short
+
     @cached_property
     def _labels(self):
         """{id: names} of image_labels.txt."""
         labels = {}
-        for image_id, *names in map(str.split, self._lines("image_labels.txt").values()):
+        for name, *names in map(str.split, self._lines("image_labels.txt").values()):
+            image_id = self._id(name)
             if image_id in labels:
                 raise DataError(f"{self.root}/image_labels.txt has two lines for {image_id}")
             labels[image_id] = names
@@ -132,8 +152,7 @@ class Folder:
 
     def image_path(self, image_id):
         """JPEGImages/ID.jpg, or .jpeg, or .png, or those in capitals."""
-        return first_file(self.root / f"JPEGImages/{image_id}{end}" for end in
-                          (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG"))
+        return first_file(self.root / f"JPEGImages/{image_id}{end}" for end in ENDINGS)
 
     def mask_path(self, image_id):
         """SegmentationClass/ID.png, the ground truth: for scoring, never for training."""
@@ -160,6 +179,8 @@ def decode(path):
             image.load()
             return image
     except Exception as error:  # on damaged files Pillow's decoders raise a dozen types
+        if lack(error):
+            raise
         reason = " ".join(f"{type(error).__name__} {error}".split())[:90]
         raise DataError(f"{path} cannot be read ({reason}): mend it, or take it out of the split")
 

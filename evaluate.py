@@ -90,41 +90,46 @@ def confusion_of(folder, image_id, directory):
     return confusion_matrix(mask, truth, C)
 
 
-def score_masks(folder, ids, directory, workers=0):
+def score_masks(folder, ids, directory, workers=0, notes=True):
     """(confusion (C, C + 1), about): directory's masks against those that folder has.
 
-    about says what the score is over; notes tell where that is not all of ids, or where the truth
-    holds other classes than image_labels.txt names.
+    about says what the score is over, and how many of the images that image_labels.txt knows
+    (compared) have a truth with a class that it does not name (unnamed) or without one that it
+    names (lacking). With notes a line says each thing that may be other than it seems.
     """
     C = len(folder.classes)
-    confusion, about = np.zeros((C, C + 1), np.int64), dict.fromkeys(
-        ("num_images", "classes_scored", "unnamed", "lacking"), 0)
+    confusion = np.zeros((C, C + 1), np.int64)
+    about = dict.fromkeys(("num_images", "classes_scored", "compared", "unnamed", "lacking"), 0)
     scored = [i for i in ids if folder.mask_path(i).is_file()]
     jobs = [(folder, i, directory) for i in scored]
     for image_id, of_image in zip(scored, in_workers(confusion_of, jobs, workers)):
         confusion += of_image
         named, occurs = folder.names(image_id), {*np.flatnonzero(of_image.sum(1)).tolist()} - {0}
+        about["compared"] += named is not None
         about["unnamed"] += named is not None and not occurs <= named
         about["lacking"] += named is not None and not named <= occurs
     about |= dict(num_images=len(scored), classes_scored=int((confusion.sum(1) > 0).sum()))
-    if scored:
-        note_truth(folder, ids, scored, confusion, about)
+    if scored and notes:
+        note_truth(folder, {*ids} - {*scored}, confusion, about)
     return confusion, about
 
 
-def note_truth(folder, ids, scored, confusion, about):
+def note_truth(folder, missing, confusion, about):
     """Say in a line each what about a score may be other than it seems."""
-    where = folder.root / "SegmentationClass"
-    if len(scored) < len(ids):
-        print(f"note: {len(ids) - len(scored):,} of {len(ids):,} images are not scored: {where} "
-              f"has no {min({*ids} - {*scored})}.png", flush=True)
-    if not confusion[1:].any():
+    where, n, known = folder.root / "SegmentationClass", about["num_images"], about["compared"]
+    if missing:
+        print(f"note: {len(missing):,} of {len(missing) + n:,} images are not scored: {where} has "
+              f"no {min(missing)}.png", flush=True)
+    if not confusion[1:].any() and (about["lacking"] or not known):
         print(f"note: no class but background occurs in {where}: are its objects 255, or is it of "
               "other images?", flush=True)
+    elif not known:
+        print(f"note: image_labels.txt has none of the {n:,} images: truth and labels are not "
+              "compared", flush=True)
     elif about["unnamed"] or about["lacking"]:
-        print(f"note: the truth of {about['unnamed']:,} of {len(scored):,} images holds a class "
-              f"that their line in image_labels.txt does not name, {about['lacking']:,} lack one "
-              "that it names: are the masks numbered as in classes.txt?", flush=True)
+        print(f"note: the truth of {about['unnamed']:,} of {known:,} images holds a class that "
+              f"their line in image_labels.txt does not name, {about['lacking']:,} lack one that "
+              "it names: are the masks numbered as in classes.txt?", flush=True)
 
 
 def part_recall(folder, ids, directory):
@@ -280,7 +285,7 @@ def draw_stages(args, folder, model, device, crf):
     names = {k: "ignore" if k == IGNORE else folder.classes[k] for k in sorted(seen)}
     titles = ["image", "ground truth", "BPM (Eq. 10)", "pseudo (CRF)",
               "DeepLabv2" + " + CRF" * bool(crf)]
-    if len(rows) == 6 and max(row[0].shape[1] for row in rows) < 128:  # two small ones in a row
+    if len(rows) == 6 and {row[0].shape for row in rows} == {(96, 96, 3)}:  # beetles: two in a row
         rows, titles = [a + b for a, b in zip(rows[::2], rows[1::2])], 2 * titles
     draw(args.run / "figure.png", rows, titles, names,
          "Images that have pseudo masks, evenly spaced, not chosen. BPM and pseudo masks know the "

@@ -96,8 +96,8 @@ def main(args):
     device, rank, world = join_processes(args.device)
 
     # --- model and data ---
-    open_run(args.run)
     model, checkpoint = load_model(args.run / "cls.pt", "cls")
+    open_run(args.run)
     model, trained = model.to(device), checkpoint["args"]
     if args.size is None:
         patch = model.backbone.patch_embed.feat_ratio()
@@ -148,7 +148,7 @@ def main(args):
               f"{' and '.join(map(str, outputs))}", flush=True)
         rows = ("BPM, CPF-CTE w/o CRF in Table 1", "CRF, CPF-CTE in Table 1")
         for out, name in zip(outputs, rows):
-            confusion, truth = score_masks(folder, ids, out, args.workers)
+            confusion, truth = score_masks(folder, ids, out, args.workers, name == rows[0])
             if truth["num_images"]:
                 log(args.run, "make_pseudo", masks=name, split=args.split, image_labels_used=True,
                     **truth, miou=miou(confusion))

@@ -100,6 +100,7 @@ def open_val(args, folder, ids, rank):
     if rank == 0:
         note_shared(ids, val.ids)
         score_masks(folder, val.ids, folder.root / "SegmentationClass")
+    val.ids = [i for i in val_ids if folder.mask_path(i).is_file()]
     return val
 
 
@@ -108,11 +109,10 @@ def validate(model, val, args, device):
     folder, C = val.folder, len(val.folder.classes)
     confusion = np.zeros((C, C + 1), np.int64)
     for index, image_id in enumerate(val.ids):
-        if folder.mask_path(image_id).is_file():
-            image = np.array(val.read(index))
-            truth = read_mask(folder.mask_path(image_id), C, image.shape[1::-1])
-            mask = predict(predict_logits(model, image, device, args.amp), image)
-            confusion += confusion_matrix(mask, truth, C)
+        image = np.array(val.read(index))
+        truth = read_mask(folder.mask_path(image_id), C, image.shape[1::-1])
+        mask = predict(predict_logits(model, image, device, args.amp), image)
+        confusion += confusion_matrix(mask, truth, C)
     return miou(confusion)
 
 

@@ -1,58 +1,69 @@
 """Image labels for one's own data, from what is there: `python data.py labels` calls make_labels.
 
 Annotations/ID.xml (as VOC's), else annotations/*.json (as COCO's instances), else the masks of
-SegmentationClass/. Boxes and polygons bring their classes' names; masks bring numbers, and
+SegmentationClass/. Boxes and instances bring the names of the classes; masks bring numbers, and
 classes.txt must say what they mean.
 """
 import json
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from pathlib import Path
+from pathlib import PurePosixPath
 
 import numpy as np
 
-from data import IGNORE, Folder, mask_in, read_mask
+from data import ENDINGS, IGNORE, Folder, check_classes, read_mask, without_ending
 from support.run import DataError, progress, read_text, write_lines
 
-ENDINGS = (".jpg", ".jpeg", ".png")
 SOURCES = {"Annotations": ".xml", "annotations": ".json", "SegmentationClass": ".png"}
 
 
 def one_word(name):
     """A class's name without spaces, which classes.txt does not allow."""
-    return "_".join(str(name).split())
+    return "_".join(str(name or "").split())
+
+
+def files_of(root, source):
+    """{name without its ending: path} of a source's files, whatever case their ending has."""
+    return {path.stem: path for path in sorted((root / source).glob("*"))
+            if path.suffix.lower() == SOURCES[source]}
 
 
 def from_xml(root, ids):
     """({id: names}, all names in order) of the files of Annotations/."""
-    labels = {}
-    for image_id in progress(ids, desc="labels"):
-        path = root / "Annotations" / f"{image_id}.xml"
-        if path.is_file():
-            try:
-                objects = ElementTree.parse(path).iter("object")
-                labels[image_id] = {one_word(thing.findtext("name") or "") for thing in objects}
-            except (OSError, ElementTree.ParseError) as error:
-                raise DataError(f"{path} cannot be read ({error}): mend it, or delete it")
-            if "" in labels[image_id]:
-                raise DataError(f"{path} has an object without a name: mend it, or delete it")
+    labels, paths = {}, files_of(root, "Annotations")
+    for image_id in progress([i for i in ids if i in paths], desc="labels"):
+        path = paths[image_id]
+        try:  # {*}: in any namespace
+            objects = ElementTree.parse(path).getroot().findall(".//{*}object")
+        except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
+            raise DataError(f"{path} cannot be read ({error}): save it as UTF-8, or delete it")
+        labels[image_id] = {one_word(thing.findtext("{*}name")) for thing in objects}
+        if "" in labels[image_id]:
+            raise DataError(f"{path} has an object without a name: mend it, or delete it")
     return labels, sorted(set().union(*labels.values()) - {"background"})
 
 
 def from_json(root, ids):
-    """The same of all files of annotations/*.json that list images, annotations and categories."""
-    labels, classes, known = {}, {}, {*ids}
-    for path in sorted((root / "annotations").glob("*.json")):
+    """The same of all files of annotations/ that hold instances as COCO's do."""
+    labels, classes, known, file_of = {}, {}, {*ids}, {}
+    for path in files_of(root, "annotations").values():
         try:
             content = json.loads(read_text(path))
-            if {"images", "annotations", "categories"} - {*content}:
-                continue  # captions, keypoints of nothing, a list of licences
+            if {"images", "annotations", "categories"} - {*content} or any(
+                    "category_id" not in thing for thing in content["annotations"]):
+                continue  # captions, panoptic segments, a list of licences
             names = {kind["id"]: one_word(kind["name"]) for kind in content["categories"]}
-            images = {image["id"]: Path(image["file_name"]).stem for image in content["images"]}
-            for image_id in {*images.values()} & known:
-                labels.setdefault(image_id, set())
-            for thing in content["annotations"]:
-                image_id = images[thing["image_id"]]
+            images = {image["id"]: image["file_name"].replace("\\", "/")
+                      for image in content["images"]}
+            for name in images.values():
+                image_id = PurePosixPath(name).stem
+                if image_id in known and file_of.setdefault(image_id, name) != name:
+                    raise DataError(f"{path} names {name} and {file_of[image_id]}: two images "
+                                    "cannot share a name in JPEGImages/")
+                if image_id in known:
+                    labels.setdefault(image_id, set())
+            for thing in content["annotations"]:  # of an image that is not listed: left out
+                image_id = PurePosixPath(images.get(thing["image_id"], "")).stem
                 if image_id in known:
                     labels[image_id].add(names[thing["category_id"]])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -64,15 +75,15 @@ def from_json(root, ids):
 
 def from_masks(root, ids, classes):
     """{id: numbers of the object classes} of the masks there are."""
-    paths = {image_id: mask_in(root / "SegmentationClass", image_id) for image_id in ids}
-    return {image_id: {*np.unique(read_mask(path, len(classes))).tolist()} - {0, IGNORE}
-            for image_id, path in progress(paths.items(), desc="masks") if path.is_file()}
+    paths = files_of(root, "SegmentationClass")
+    return {image_id: {*np.unique(read_mask(paths[image_id], len(classes))).tolist()} - {0, IGNORE}
+            for image_id in progress([i for i in ids if i in paths], desc="masks")}
 
 
 def image_ids(root):
     """The names of JPEGImages/, without their endings."""
-    ids = sorted({path.stem for path in (root / "JPEGImages").glob("*")
-                  if path.suffix.lower() in ENDINGS})
+    ids = sorted({without_ending(path.name) for path in (root / "JPEGImages").glob("*")
+                  if path.name.endswith(ENDINGS)})
     if not ids:
         raise DataError(f"{root}/JPEGImages has no .jpg, .jpeg or .png: put the images there")
     spaced = [image_id for image_id in ids if len(image_id.split()) > 1]
@@ -88,20 +99,18 @@ def make_labels(root):
     if out.exists():
         raise DataError(f"{out} is there already: move it away to have it made anew")
     ids = image_ids(root)
-    source = next((name for name, ending in SOURCES.items() if any(
-        path.suffix.lower() == ending for path in (root / name).glob("*"))), None)
+    source = next((name for name in SOURCES if files_of(root, name)), None)
     if source is None:
         raise DataError(f"{root} has no Annotations/*.xml, annotations/*.json or "
                         "SegmentationClass/*.png: image labels come from one of them")
     named, names = {}, []
     if source != "SegmentationClass":
         named, names = {"Annotations": from_xml, "annotations": from_json}[source](root, ids)
-        if not listed.exists():
-            write_lines(listed, ["background", *names])
     elif not listed.exists():
         raise DataError(f"{listed} not found: masks are numbers; write one name a line, background "
                         "first, in the order of the numbers")
-    classes = Folder(root).classes
+    classes = Folder(root).classes if listed.exists() else ["background", *names]
+    check_classes(classes, f"{root}/{source}")
     strange = sorted({*names} - {*classes})
     if strange:
         raise DataError(f"{listed} does not have {', '.join(strange[:5])}, which {source}/ names: "
@@ -109,10 +118,12 @@ def make_labels(root):
     masks = from_masks(root, ids, classes)
     if source == "SegmentationClass":
         named = {image_id: {classes[k] for k in numbers} for image_id, numbers in masks.items()}
-    if not named:
-        raise DataError(f"{root}/{source} says nothing of the images of {root}/JPEGImages: are the "
-                        "names the same?")
     named = {image_id: of - {"background"} for image_id, of in named.items()}
+    if not any(named.values()):
+        raise DataError(f"{root}/{source} names no object on any image of {root}/JPEGImages: are "
+                        "the files' names the same, and is it laid out as VOC's or COCO's are?")
+    if not listed.exists():
+        write_lines(listed, classes)
     write_lines(out, [" ".join([image_id, *(sorted(of, key=classes.index) or ["background"])])
                       for image_id, of in sorted(named.items())])
     tell(root, source, classes, ids, named, masks)

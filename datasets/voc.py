@@ -1,7 +1,7 @@
 """VOC 2012 and SBD as a data set folder: `python data.py voc` calls make_voc."""
 import xml.etree.ElementTree as ElementTree
 
-from data import first_file, line_id, write_folder
+from data import first_file, line_id, without_ending, write_folder
 from support.run import DataError, progress, read_text, write_lines
 
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
@@ -47,7 +47,7 @@ def read_ids(path):
     if not path.is_file():
         raise DataError(f"{path} not found: unpack VOC (and SBD) there, or pass --download")
     lines = enumerate(read_text(path).splitlines(), 1)
-    return [line_id(line, f"{path}, line {k}") for k, line in lines if line.strip()]
+    return [without_ending(line_id(line, f"{path}, line {k}")) for k, line in lines if line.strip()]
 
 
 def make_voc(root, sbd=None, download=False, counts=VOC_COUNTS):

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from timm.models.vision_transformer_hybrid import ConvStem
 
 from data import seeded
-from support.run import MADE_BY, DataError, load_checkpoint
+from support.run import MADE_BY, DataError, lack, load_checkpoint
 
 
 def ask_hub(name):
@@ -58,34 +58,37 @@ def numbered(names):
 
 
 def check_weights(name, model, missing, unexpected):
-    """Refuse a file of another network, or of another depth; a note where a few are missing."""
+    """Refuse a file of another network or depth; a note where a weight outside its blocks lacks."""
     own = [key for key in model.state_dict() if not key.endswith("num_batches_tracked")]
-    blocks = numbered(own)
-    families = {block.rpartition(".")[0] for block in blocks}
-    without = sorted(blocks - numbered({*own} - {*missing}))
-    more = sorted(block for block in numbered(unexpected) - blocks
-                  if block.rpartition(".")[0] in families)
-    lack = f"{len(missing)} of its weights are not there, as {missing[0]}" if missing else ""
+    families = {block.rpartition(".")[0] for block in numbered(own)}
+    lacks = [key for key in missing if numbered([key])]
+    more = [key for key in unexpected
+            if {block.rpartition(".")[0] for block in numbered([key])} & families]
+    few = f"{len(missing)} of its weights are not there, as {missing[0]}" if missing else ""
     if 2 * len(missing) > len(own):
-        raise ValueError(lack)
-    if without or more:
-        depth = f"no {without[0]}" if without else f"{more[0]}, which this network has not"
-        raise ValueError(f"it is of another depth: it has {depth}")
-    if lack:
-        print(f"note: {name}: {lack}; they start at random")
+        raise ValueError(few)
+    if lacks or more:
+        raise ValueError("it is of another depth or kind: it has " + (
+            f"no {lacks[0]}" if lacks else f"{more[0]}, which this network has not"))
+    if few:
+        print(f"note: {name}: {few}; they start at random")
 
 
 def looks_like(path):
     """What a file of --weights is instead of weights, and the way out; "" if nothing is known."""
     with open(path, "rb") as file:
         head = file.read(512)
-    text = head.lstrip().lower()
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not head:
         return "it is empty: copy it again"
     if text.startswith(b"version https://git-lfs"):
         return "it is a pointer of Git LFS: fetch the file itself, as with git lfs pull"
     if text.startswith(b"<"):
         return "it is a web page: download the file itself"
+    if text.startswith((b"{", b"[")):
+        return "it is text (JSON), not weights: download the file itself"
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7z")):
+        return "it is an archive: unpack it"
     if head[8:9] == b"{" and path.suffix != ".safetensors":
         return "it is a safetensors file: give its name the ending .safetensors"
     for kind, script in MADE_BY.items():
@@ -120,9 +123,12 @@ def create_backbone(name, kind, pretrained, weights=None, **kwargs):
     except (TypeError, NotImplementedError, AssertionError):  # it does not take these arguments
         raise DataError(f"--backbone {name} does not fit this stage, which needs a {kind}")
     except Exception as error:  # hub, network, file format: many types, one consequence
-        if not (pretrained or weights):
+        if lack(error) or not (pretrained or weights):
             raise
-        reason = f"{type(error).__name__} {str(error) or 'without a word'}".splitlines()[0][:120]
+        told = str(error).removeprefix("Error(s) in loading state_dict for ") or "without a word"
+        reason = f"{type(error).__name__} {' '.join(told.split())}"[:120]
+        if "weights_only" in told:
+            reason = "it holds more than tensors: save the network's state_dict() alone"
         sizes = re.search(r"size mismatch for (\S+):.*?Size\((.*?)\).*?Size\((.*?)\)", str(error))
         if sizes:
             reason = "its {} is {}, here it is {}".format(*sizes.groups())

@@ -10,21 +10,36 @@ from data import voc_palette
 from support.run import atomic
 
 PICTURE = "drawn by evaluate.py"  # noted in the file
-GAP, LINE, COLUMNS = 8, 20, 5  # pixels between pictures, height of a line of text, of the legend
+GAP, LINE = 8, 20  # pixels between pictures, of a line of text
+
+
+def readable_font():
+    """A font of the system, which has other letters than English ones; else Pillow's own."""
+    for name in ("DejaVuSans.ttf", "Arial.ttf", "arial.ttf"):
+        try:
+            return ImageFont.truetype(name, 13)
+        except OSError:
+            pass
+    return ImageFont.load_default(13)
 
 
 def draw(path, rows, titles, names, about, width=1100):
     """Write rows of pictures (H, W, 3) and a legend; names {class number: name}; width: pixels."""
     side = width // len(titles) - GAP
-    heights = [round(side * min(row[0].shape[0] / row[0].shape[1], 3)) for row in rows]
-    words, lines = textwrap.wrap(about, width // 8), -(-len(names) // COLUMNS)
+    heights = [max(1, round(side * min(row[0].shape[0] / row[0].shape[1], 3))) for row in rows]
+    font = readable_font()
+    longest = max((font.getlength(name) for name in names.values()), default=0)
+    columns = max(1, min(5, int(width // (longest + 40))))
+    words, lines = textwrap.wrap(about, width // 8), -(-len(names) // columns)
     height = LINE * (len(words) + lines + 1) + sum(heights) + GAP * len(rows)
     canvas = Image.new("RGB", (width, height), "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    pen = ImageDraw.Draw(canvas)
     for k, line in enumerate(words):
         pen.text((width / 2, LINE * (k + 0.5)), line, "black", font, anchor="mm")
     x, y = [GAP // 2 + (side + GAP) * k for k in range(len(titles))], LINE * len(words)
     for left, title in zip(x, titles):
+        while font.getlength(title) > side and len(title) > 4:
+            title = f"{title[:-4]}..."
         pen.text((left + side / 2, y + LINE / 2), title, "black", font, anchor="mm")
     y += LINE
     for row, high in zip(rows, heights):
@@ -34,7 +49,7 @@ def draw(path, rows, titles, names, about, width=1100):
             canvas.paste(Image.fromarray(picture).resize((side, high), how), (left, y))
         y += high + GAP
     for k, (number, name) in enumerate(names.items()):
-        left, top = width // COLUMNS * (k % COLUMNS) + GAP, y + LINE * (k // COLUMNS)
+        left, top = width // columns * (k % columns) + GAP, y + LINE * (k // columns)
         colour = tuple(voc_palette()[number].tolist())
         pen.rectangle((left, top + 4, left + 16, top + 16), colour, "black")
         pen.text((left + 22, top + LINE / 2), name, "black", font, anchor="lm")

@@ -62,10 +62,11 @@ def launch(main, args):
         dist.destroy_process_group()
 
 
-NO_MEMORY = "out of memory|MemoryError|can't allocate|not enough memory|annot allocate memory"
+NO_MEMORY = ("out of memory|MemoryError|can't allocate|not enough memory|annot allocate memory|"
+             "ALLOC_FAILED|can't start new thread")
 
 
-def lack(error, args):
+def lack(error, args=None):
     """One line: what the machine has too little of, and the flags to lower; None: nothing.
 
     What happens in a DataLoader's worker arrives with its traceback as the message.
@@ -73,6 +74,9 @@ def lack(error, args):
     text = f"{type(error).__name__} {error}"
     if "DataLoader worker (pid" in text:
         return "a worker process died (no memory?): call again, with fewer --workers"
+    if re.search("shared memory|No space left on device", text):
+        return ("no space left: on the disk, or in shared memory (/dev/shm), which takes less with "
+                "fewer --workers, and in a container more with --shm-size")
     if "Too many open files" in text:
         return "too many open files: lower --workers, or raise the limit, as with ulimit -n 4096"
     if re.search(NO_MEMORY, text):
@@ -254,11 +258,11 @@ def open_run(run):
     path = run.resolve() / ".lock"
     if path in HELD or (dist.is_initialized() and dist.get_rank()):
         return
-    file = open(path, "a+", encoding="utf-8")
+    file = open(path, "a+", encoding="utf-8", errors="replace")
     if not flock(file):
         file.seek(0)
-        raise DataError(f"--run {run} is in use by {file.read().strip()}: wait for it, or choose "
-                        "another --run")
+        owner = file.read().strip() or "another process"
+        raise DataError(f"--run {run} is in use by {owner}: wait for it, or choose another --run")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -300,6 +304,8 @@ def load_checkpoint(path, kind):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found, flags = checkpoint["kind"], {f"--{name}" for name in dict(checkpoint["args"])}
     except Exception as error:  # zip, pickle and torch each have their own
+        if lack(error):
+            raise
         raise DataError(f"{path} is not a readable checkpoint ({type(error).__name__}): {again}")
     missing = {*NEEDED[kind]} - {*checkpoint} - flags
     if found != kind or missing:
@@ -425,8 +431,9 @@ def place():
     if not {*found} & {*TORCHRUN[:3]}:
         return 0, 1, 0
     try:
-        rank, world, local_rank = (int(found.get(name, "?")) for name in TORCHRUN[:3])
-        if len(found) == len(TORCHRUN) and 0 <= rank < world and local_rank >= 0:
+        numbers = "RANK WORLD_SIZE LOCAL_RANK MASTER_PORT".split()
+        rank, world, local_rank, port = (int(found.get(name, "?")) for name in numbers)
+        if 0 <= rank < world and local_rank >= 0 and 0 < port < 65536 and found.get("MASTER_ADDR"):
             return rank, world, local_rank
     except ValueError:
         pass
@@ -452,6 +459,8 @@ def join_processes(name="auto"):
         torch.cuda.set_device(device)
     if world > 1:  # the long timeout: ranks wait while others finish their CRFs or rank 0 scores
         cuda = dict(backend="nccl", device_id=device) if device.type == "cuda" else {}
+        if rank == 0:
+            print(f"rank 0 of {world} waits for the others", flush=True)
         dist.init_process_group(**{"backend": "gloo", **cuda}, timeout=timedelta(hours=12))
     return device, rank, world
 

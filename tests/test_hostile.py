@@ -257,13 +257,14 @@ FOLDER = [
 ]
 FOLDER += [
     ("an id with a blank", lambda: add_line(TRAIN, "img (1)"), "cls",
-     f"{TRAIN}, line 9: 'img \\(1\\)' has a blank, which no id may have: rename the file"),
+     f"{TRAIN}, line 9: 'img \\(1\\)' has a blank: a line is one ID, and no ID has blanks"),
     ("two ids with blanks, stage 4", lambda: text(TEST, "img (1)", "img (2)"), "eval",
      f"{TEST}, line 1: 'img \\(1\\)' has a blank"),
     ("an id and another", lambda: add_line(TEST, "test_00000 test_00001"), "eval",
-     f"{TEST}, line 3: 'test_00000 test_00001' has a blank"),
+     f"{TEST}, line 3: 'test_00000 test_00001' has a blank: a line is one ID"),
     *((f"a list of ImageSets/Main, {sign}", partial(add_line, TRAIN, f"{FIRST}  {sign}"), "cls",
-       f"{TRAIN}, line 9: '{FIRST}  {sign}' is of ImageSets/Main") for sign in ("1", "-1", "0")),
+       f"{TRAIN}, line 9: '{FIRST}  {sign}' has a blank. A list of ImageSets/Main")
+      for sign in ("1", "-1", "0")),
     ("the folder above", lambda: (os.mkdir("VOCdevkit"), shutil.move("data", "VOCdevkit/VOC2012")),
      "cls --data VOCdevkit", "VOCdevkit/classes.txt not found: pass --data VOCdevkit/VOC2012"),
 ]
@@ -353,7 +354,8 @@ FILES = [
      f"run/pred/{NOTE}(?!.*--overwrite)"),
     ("the run is a file", lambda: text("file"), "cls --run file",
      "--run file is no folder that can be written to: choose another"),
-    ("the run is a file, stage 2", lambda: text("file"), "pseudo --run file", "--run file is no f"),
+    ("the run is a file, stage 2", lambda: text("file"), "pseudo --run file",
+     "file/cls.pt not found: run train_cls.py first"),
     ("the run is a file, stage 3", lambda: text("file"), "seg --run file --masks run/pseudo",
      "--run file is no folder"),
     ("the run is a file, stage 4", lambda: text("file"), "eval --run file", "file.* (no|not) f"),
@@ -406,11 +408,11 @@ def save_vit(without=None, **options):
                 if not (without and name.startswith(without))}, "a.pth")
 
 
-def save_resnet(stages):
+def save_resnet(stages, without="nothing"):
     """a.pth: the first stages of resnet_toy."""
     state = timm.create_model("resnet_toy").state_dict()
-    torch.save({name: weight for name, weight in state.items()
-                if not re.match(rf"layer[{stages + 1}-9]", name)}, "a.pth")
+    torch.save({name: weight for name, weight in state.items() if without not in name
+                and int("0" + name[5:6] * name.startswith("layer")) <= stages}, "a.pth")
 
 
 CHECKPOINTS = [
@@ -483,6 +485,8 @@ CHECKPOINTS = [
           ("a pointer", partial(text, lines="version https://git-lfs.github.com/spec/v1"),
            "a pointer of Git LFS"),
           ("empty", partial(text, lines=""), "empty: copy it again"),
+          ("JSON", partial(text, lines='{"error": 404}'), "text .JSON., not weights"),
+          ("packed", lambda path: Path(path).write_bytes(b"\x1f\x8b" + bytes(99)), "an archive"),
           ("without their ending", lambda path: save_file({"a": torch.ones(1)}, path),
            "a safetensors file: give its name the ending .safetensors"),
           ("cls.pt", partial(shutil.copy, CLS), "a checkpoint of train_cls.py"),
@@ -491,12 +495,17 @@ CHECKPOINTS = [
        "cls --run new --backbone vit_toy_linear --weights a.pth",
        f"no weights for vit_toy_linear from a.pth .*{words}.*: --weights takes the file of vit_t")
       for how, options, words in (
-          ("of less blocks", dict(depth=3), "another depth: it has no blocks.3"),
-          ("of more blocks", dict(depth=5), "another depth: it has blocks.4, which this netw"),
-          ("without one block", dict(without="blocks.1."), "another depth: it has no blocks.1"),
+          ("of less blocks", dict(depth=3), "another depth or kind: it has no blocks.3"),
+          ("of more blocks", dict(depth=5), "another depth or kind: it has blocks.4"),
+          ("without one block", dict(without="blocks.1."), "depth or kind: it has no blocks.1"),
           ("of another width", dict(embed_dim=64), r"cls_token is \[1, 1, 64\], here it is"))),
+    ("weights of another kind of ViT", partial(save_vit, init_values=1.0),
+     "cls --run new --backbone vit_toy_linear --weights a.pth",
+     "no weights for vit_toy_linear from a.pth .*depth or kind: it has blocks.0.ls1.gamma, which"),
+    ("weights without the statistics of batch norms", lambda: save_resnet(9, "running_var"),
+     "seg --overwrite --weights a.pth", "resnet_toy from a.pth .*kind: it has no .*running_var"),
     ("weights of a shallower CNN", lambda: save_resnet(3), "seg --overwrite --weights a.pth",
-     "no weights for resnet_toy from a.pth .*another depth: it has no layer4.0"),
+     "no weights for resnet_toy from a.pth .*another depth or kind: it has no layer4"),
     ("weights of another network", lambda: torch.save({"a": torch.ones(1)}, "a.pth"),
      "cls --run new --weights a.pth", "no weights for vit_toy from a.pth .*: --weights tak"),
     ("weights of nothing, which timm lets pass", lambda: torch.save({"a": torch.ones(1)}, "a.pth"),
@@ -923,7 +932,21 @@ def test_what_a_score_is_over_is_said_and_noted(place, capsys):
     assert f"truth 255 left out, predicted 255 a miss ({share})" in told
     results = json.loads(Path("run/pred/results.json").read_text())
     assert (results["num_images"], results["classes_scored"]) == (2, 1)
-    assert (results["unnamed"], results["lacking"]) == (0, 2)
+    assert (results["compared"], results["unnamed"], results["lacking"]) == (2, 0, 2)
+
+
+def test_honest_background_has_no_note_and_unknown_labels_have_one(place, capsys):
+    renumber(lambda mask: 0 * mask, "test")
+    lines = [line for line in Path(LABELS).read_text().splitlines() if not line.startswith("test")]
+    text(LABELS, *lines, "test_00000 background", "test_00001 background")
+    call("masks --masks run/pred --split test")
+    assert "note:" not in capsys.readouterr().out
+    text(LABELS, *lines)
+    for change, words in ((lambda m: 0 * m + 1, "has none of the 2 images: truth and labels"),
+                          (lambda m: 0 * m, "no class but background occurs")):
+        renumber(change, "test")
+        call("masks --masks run/pred --split test")
+        assert f"{words}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line, split", [("masks", "train"), ("eval", "test"), ("pseudo", "train")])
@@ -933,6 +956,21 @@ def test_a_score_over_part_of_a_split_says_what_is_missing(place, capsys, line, 
     call(line)
     told = capsys.readouterr().out
     assert re.search(rf"note: 1 of \d images are not scored: .*has no {split}_00001.png", told)
+
+
+def test_val_without_some_truth_counts_what_it_scores(place, capsys):
+    os.remove("data/SegmentationClass/val_00001.png")
+    call("seg --overwrite")
+    told = capsys.readouterr().out
+    assert "val_images 1 " in told and "note: 1 of 2 images are not scored" in told
+
+
+def test_an_image_whose_name_ends_like_a_file_is_itself(place):
+    os.rename(IMAGE, "data/JPEGImages/a.png.jpg")
+    replace(LABELS, f"{FIRST} ", "a.png ")
+    replace(TRAIN, f"{FIRST}\n", "a.png\n")
+    folder = data.Folder("data")
+    assert folder.ids("train")[0] == "a.png" and folder.image_labels("a.png").sum() > 1
 
 
 def test_images_of_train_and_val_are_counted(place, capsys):
@@ -998,6 +1036,8 @@ time.sleep(600)"""
 HALF = [{"RANK": "1"}, {"RANK": "0"}, {"WORLD_SIZE": "2"}, {"LOCAL_RANK": "1"},
         {"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
         dict(RANK="2", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1"),
+        dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="abc"),
+        dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="", MASTER_PORT="29500"),
         dict(RANK="-1", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1")]
 
 
@@ -1020,6 +1060,8 @@ LACKS = {  # as Python, torch and a DataLoader's worker tell it
     "worker": (MemoryError("Caught MemoryError in DataLoader worker process 0.\nTrace"), "memory"),
     "array": (RuntimeError("Caught _ArrayMemoryError in DataLoader worker process 0."), "memory"),
     "files": (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "files"),
+    "shared": (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space"),
+               "shared"),
     "handles": (RuntimeError("received 0 items of ancdata: Too many open files"), "files")}
 
 
@@ -1040,7 +1082,17 @@ def test_too_little_of_something_is_one_line(place, capsys, monkeypatch, line, w
     assert told == "error: " + {
         "memory": f"out of memory: lower {lower[line.split()[0]]}",
         "files": "too many open files: lower --workers, or raise the limit, as with ulimit -n 4096",
-    }[lack]
+        "shared": "no space left: on the disk, or in shared memory (/dev/shm), which takes less "
+                  "with fewer --workers, and in a container more with --shm-size"}[lack]
+
+
+@pytest.mark.parametrize("where, line", [("data.Image.open", "cls --overwrite"),
+                                         ("support.run.torch.load", "pseudo")])
+def test_too_little_memory_is_not_told_as_a_damaged_file(place, capsys, monkeypatch, where, line):
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    monkeypatch.setattr(where, fail)
+    assert "too many open files: lower --workers" in refusal(line, capsys)
 
 
 def test_an_error_that_is_ours_keeps_its_traceback(place, monkeypatch):

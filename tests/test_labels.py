@@ -96,13 +96,13 @@ def test_masks_that_are_numbered_otherwise_than_the_boxes_say_are_told(root, cap
     (lambda root: (root / "JPEGImages/a.jpg").rename(root / "JPEGImages/a (1).jpg"),
      r"'a \(1\)' has a blank"),
     (lambda root: (root / "image_labels.txt").write_text("a ant\n"), "is there already: move it"),
-    (lambda root: (root / "Annotations/a.xml").write_text("<half"), "a.xml cannot be read"),
+    (lambda root: (root / "Annotations/a.xml").write_text("<half"), "a.xml cannot be read .*UTF-8"),
     (lambda root: xml(root, "a", " "), "a.xml has an object without a name"),
     (lambda root: (root / "classes.txt").write_text("background\ncat\n"),
      "classes.txt does not have ant, which Annotations/ names"),
     (lambda root: shutil.rmtree(root / "Annotations"), "has no Annotations/.*annotations/.*Segm"),
     (lambda root: (root / "Annotations/a.xml").rename(root / "Annotations/z.xml"),
-     "Annotations says nothing of the images"),
+     "Annotations names no object on any image"),
     (lambda root: (shutil.rmtree(root / "Annotations"),
                    instances(root, {1: "a.jpg"}, [(1, 8)], {})),
      "instances.json is no file of COCO instances"),
@@ -115,6 +115,42 @@ def test_what_cannot_be_is_told_and_nothing_is_lost(root, spoil, words):
         make(root)
     assert all(path.read_bytes() == content for path, content in before.items())
     assert not (root / "image_labels.txt").exists() or root / "image_labels.txt" in before
+
+
+def test_capitals_namespaces_and_what_is_not_listed_are_read(root):
+    for image_id in "ab":
+        xml(root, image_id, "ant")
+    (root / "Annotations/a.xml").rename(root / "Annotations/a.XML")
+    content = (root / "Annotations/b.xml").read_text()
+    (root / "Annotations/b.xml").write_text(content.replace("<annotation>",
+                                                            '<annotation xmlns="http://x/voc">'))
+    assert make(root) == ["a ant", "b ant"]
+
+
+def test_panoptic_files_and_images_that_were_taken_out_do_no_harm(root):
+    instances(root, {1: "train\\a.jpg"}, [(1, 7), (99, 7)], {7: "cat"})
+    (root / "annotations/panoptic.json").write_text(json.dumps(dict(
+        images=[dict(id=1, file_name="a.jpg")], annotations=[dict(segments_info=[])],
+        categories=[])))
+    assert make(root) == ["a cat"]
+
+
+def test_two_images_of_one_name_are_not_merged(root):
+    instances(root, {1: "train/a.jpg", 2: "val/a.jpg"}, [(1, 7)], {7: "cat"})
+    with pytest.raises(DataError, match="names val/a.jpg and train/a.jpg: two images cannot share"):
+        make(root)
+
+
+def test_a_refusal_leaves_no_classes_behind(root):
+    (root / "Annotations").mkdir()
+    (root / "Annotations/a.xml").write_text("<list><item><name>cat</name></item></list>")
+    with pytest.raises(DataError, match="names no object"):
+        make(root)
+    assert not (root / "classes.txt").exists()
+    (root / "Annotations/a.xml").write_text(
+        '<?xml version="1.0" encoding="gb2312"?><annotation></annotation>')
+    with pytest.raises(DataError, match="a.xml cannot be read .*UTF-8"):
+        make(root)
 
 
 def test_other_counts_point_here(tmp_path):
