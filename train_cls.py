@@ -14,7 +14,7 @@ import torch
 from data import AUGMENT, Folder, LabelledImages, as_input, batches, loader, note_shared
 from model import (CPFCTE, ClassifierConfig, border_and_centre, classification_loss,
                    pool_by_place, pool_patches)
-from support.run import (NO_SBD, check_loss, join_processes, launch, log, mean_loss,
+from support.run import (NO_SBD, check_loss, join_processes, launch, logged, mean_loss,
                          open_checkpoint, prepare, progress, restore, save_checkpoint, stage_flags)
 from support.tokens import add_tokens_flag, keep_tokens, learning_blocks
 
@@ -197,9 +197,9 @@ def main(args):
         if rank == 0:
             save_checkpoint(path, "cls", model, args, **facts, epoch=epoch + 1,
                             optimizer=optimizer.state_dict())
-            found = validate(model, val, args, device) if val else {}
-            log(args.run, "train_cls", epoch=epoch + 1, of=args.epochs, loss=loss,
-                lr=optimizer.param_groups[0]["lr"], **found, images_s=speed)
+            with logged(args.run, "train_cls", epoch=epoch + 1, of=args.epochs, loss=loss,
+                        lr=optimizer.param_groups[0]["lr"], images_s=speed) as line:
+                line.update(validate(model, val, args, device) if val else {})
 
 
 if __name__ == "__main__":

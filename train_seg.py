@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from data import IGNORE, Folder, Images, MaskedImages, batches, loader, note_shared, read_mask
 from evaluate import confusion_matrix, miou, predict, predict_logits, score_masks
 from model import DeepLabv2, SegmenterConfig
-from support.run import (NO_SBD, check_loss, join_processes, launch, log, mean_loss,
+from support.run import (NO_SBD, check_loss, join_processes, launch, logged, mean_loss,
                          open_checkpoint, prepare, progress, read_settings, restore,
                          save_checkpoint, stage_flags, write_lines)
 
@@ -171,11 +171,11 @@ def main(args):
             write_lines(args.run / "preset.txt", [args.preset])  # for evaluate.py --image
             save_checkpoint(path, "seg", model, args, **facts, step=last,
                             optimizer=optimizer.state_dict())
-            val_miou = validate(model, val, args, device)
+            with logged(args.run, "train_seg", iteration=last, of=args.iterations, loss=loss,
+                        lr=optimizer.param_groups[0]["lr"], images_s=speed) as line:
+                line.update(val_miou=validate(model, val, args, device), val_images=len(val),
+                            crf=False)
             model.train()
-            log(args.run, "train_seg", iteration=last, of=args.iterations, loss=loss,
-                lr=optimizer.param_groups[0]["lr"], val_miou=val_miou,
-                val_images=len(val), crf=False, images_s=speed)
 
 
 if __name__ == "__main__":

@@ -294,9 +294,9 @@ def train(args, device):
         speed = len(totals) * args.batch_size / (time.time() - began)
         run.save_checkpoint(path, "cpews", model, args, **facts, step=last, pools=pools,
                             optimizer=optimizer.state_dict())
-        scores = validate(model, folder, val_ids, args, device)
-        run.log(args.run, "cpews", step=last, of=total, loss=loss, **summary(history), **scores,
-                images_s=speed)
+        with run.logged(args.run, "cpews", step=last, of=total, loss=loss, **summary(history),
+                        images_s=speed) as line:
+            line.update(validate(model, folder, val_ids, args, device))
 
 
 # --- masks -------------------------------------------------------------------------------------

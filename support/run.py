@@ -278,6 +278,18 @@ def log(run, stage, **values):
     write_lines(path, [*before, json.dumps({"stage": stage, **values})])
 
 
+@contextmanager
+def logged(run, stage, **values):
+    """log() at the end of the block, with what the block adds to the dictionary that it gets.
+
+    Also where the block fails: what is known of an epoch is not lost with its validation.
+    """
+    try:
+        yield values
+    finally:
+        log(run, stage, **values)
+
+
 def progress(items, desc, total=None, disable=False):
     """tqdm's bar on a terminal; elsewhere a plain line every half minute."""
     plain = dict(mininterval=30, maxinterval=30, delay=30,

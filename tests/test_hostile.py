@@ -1111,6 +1111,7 @@ def test_an_epoch_is_saved_before_val_is_read(place, capsys):
     with pytest.raises(SystemExit, match="val_00001.jpg cannot be read"):
         call("cls --run new --epochs 2")
     assert torch.load("new/cls.pt", weights_only=True)["epoch"] == 1
+    assert json.loads(Path("new/log.jsonl").read_text())["loss"] > 0  # what is known is logged
     Path("data/JPEGImages/val_00001.jpg").write_bytes(whole)
     capsys.readouterr()
     call("cls --run new --epochs 2 --resume")
