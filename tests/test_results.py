@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import ablate
+import choose
 
 DOCS = Path(__file__).parent.parent / "docs"
 RAW = list(csv.DictReader((DOCS / "results.csv").open()))
@@ -57,3 +58,9 @@ def test_a_table_quotes_results_csv(page, where, lines):
             assert cell.strip("*") == expected, (row[0], name, metric)
             checked += 1
     assert checked
+
+
+@pytest.mark.parametrize("method", sorted({row["method"] for row in RAW if "grid" in row["method"]}))
+def test_the_choices_are_those_of_the_grid(method):
+    lines = choose.choices(choose.grid(RAW, method))
+    assert "\n".join(lines) in (DOCS / "PHOTOGRAPHS.md").read_text()
