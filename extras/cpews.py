@@ -246,7 +246,7 @@ def train(args, device):
 
     # --- model ---
     facts = dict(classes=folder.classes, ids=ids, labels=folder.fingerprint(), superclasses=groups)
-    total = args.warm_up + args.iterations
+    total, parts = args.warm_up + args.iterations, args.pool_updates + 1
     path, checkpoint = run.open_checkpoint(args, "cpews", total, **facts)
     torch.manual_seed(args.seed)
     config = CPEWSConfig(len(folder.classes), args.backbone, args.aux_block, args.fov_dilation)
@@ -263,7 +263,6 @@ def train(args, device):
     # --- train: in rounds, each of which ends with a save ---
     fill = tuple((255 * model.normalise.mean).round().int().flatten().tolist())
     crops, encode = Crops(folder, ids, args, fill), run.prepare(model.encode, args, 1)
-    parts = args.pool_updates + 1
     renewals = {args.warm_up + args.iterations * u // parts for u in range(parts)}
     for first in range(done, total, args.save_every):
         last = min(first + args.save_every, total)

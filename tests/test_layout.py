@@ -24,7 +24,7 @@ def modules(tree):
 
 @pytest.fixture(params=FILES)
 def file(request):
-    """(module name, source text, syntax tree) of each script and each file of datasets/ and support/."""
+    """(module name, source text, syntax tree) of each script and each file beneath them."""
     text = FILES[request.param].read_text()
     return request.param, text, ast.parse(text)
 

@@ -146,8 +146,8 @@ def test_the_readme_has_three_screens():
     assert len(README.splitlines()) <= 170
 
 
-WALK = re.findall(r"^`([^`\n]+\.py)`, [^\n]*:\n\n```python\n(.*?)^```", PAGES[Path("docs/WALKTHROUGH.md")],
-                  re.DOTALL | re.MULTILINE)
+WALK = re.findall(r"^`([^`\n]+\.py)`, [^\n]*:\n\n```python\n(.*?)^```",
+                  PAGES[Path("docs/WALKTHROUGH.md")], re.DOTALL | re.MULTILINE)
 assert len(WALK) == PAGES[Path("docs/WALKTHROUGH.md")].count("```python") > 15
 
 

@@ -60,7 +60,8 @@ def test_a_table_quotes_results_csv(page, where, lines):
     assert checked
 
 
-@pytest.mark.parametrize("method", sorted({row["method"] for row in RAW if "grid" in row["method"]}))
+@pytest.mark.parametrize("method", sorted({row["method"] for row in RAW
+                                           if "grid" in row["method"]}))
 def test_the_choices_are_those_of_the_grid(method):
     lines = choose.choices(choose.grid(RAW, method))
     assert "\n".join(lines) in (DOCS / "PHOTOGRAPHS.md").read_text()
