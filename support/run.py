@@ -74,7 +74,7 @@ def lack(error, args=None):
     text = f"{type(error).__name__} {error}"
     if "DataLoader worker (pid" in text:
         return "a worker process died (no memory?): call again, with fewer --workers"
-    if re.search("shared memory|No space left on device", text):
+    if "shared memory" in text or ("No space left" in text and not getattr(error, "filename", 0)):
         return ("no space left: on the disk, or in shared memory (/dev/shm), which takes less with "
                 "fewer --workers, and in a container more with --shm-size")
     if "Too many open files" in text:

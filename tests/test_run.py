@@ -33,7 +33,11 @@ def raiser(error):
 
 @pytest.mark.parametrize("error, message", [
     (DataError("a.jpg cannot be read"), "error: a.jpg cannot be read"),
-    (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device"),
+    (OSError(28, "No space left on device", "a.txt"),
+     "error: [Errno 28] No space left on device: 'a.txt'"),
+    (OSError(28, "No space left on device"),
+     "error: no space left: on the disk, or in shared memory (/dev/shm), which takes less "
+     "with fewer --workers, and in a container more with --shm-size"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
      "error: a worker process died (no memory?): call again, with fewer --workers")])
 def test_a_mistake_ends_in_one_line_and_code_1(error, message):
