@@ -285,7 +285,8 @@ def draw_stages(args, folder, model, device, crf):
     names = {k: "ignore" if k == IGNORE else folder.classes[k] for k in sorted(seen)}
     titles = ["image", "ground truth", "BPM (Eq. 10)", "pseudo (CRF)",
               "DeepLabv2" + " + CRF" * bool(crf)]
-    if len(rows) == 6 and {row[0].shape for row in rows} == {(96, 96, 3)}:  # beetles: two in a row
+    shapes = {row[0].shape for row in rows}
+    if len(rows) == 6 and len(shapes) == 1 and shapes.pop()[1] < 128:  # small: two in a row
         rows, titles = [a + b for a, b in zip(rows[::2], rows[1::2])], 2 * titles
     draw(args.run / "figure.png", rows, titles, names,
          "Images that have pseudo masks, evenly spaced, not chosen. BPM and pseudo masks know the "

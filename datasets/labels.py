@@ -5,13 +5,13 @@ SegmentationClass/. Boxes and instances bring the names of the classes; masks br
 classes.txt must say what they mean.
 """
 import json
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import PurePosixPath
 
 import numpy as np
 
 from data import ENDINGS, IGNORE, Folder, check_classes, read_mask, without_ending
+from datasets.voc import object_names
 from support.run import DataError, progress, read_text, write_lines
 
 SOURCES = {"Annotations": ".xml", "annotations": ".json", "SegmentationClass": ".png"}
@@ -32,14 +32,9 @@ def from_xml(root, ids):
     """({id: names}, all names in order) of the files of Annotations/."""
     labels, paths = {}, files_of(root, "Annotations")
     for image_id in progress([i for i in ids if i in paths], desc="labels"):
-        path = paths[image_id]
-        try:  # {*}: in any namespace
-            objects = ElementTree.parse(path).getroot().findall(".//{*}object")
-        except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
-            raise DataError(f"{path} cannot be read ({error}): save it as UTF-8, or delete it")
-        labels[image_id] = {one_word(thing.findtext("{*}name")) for thing in objects}
+        labels[image_id] = {one_word(name) for name in object_names(paths[image_id])}
         if "" in labels[image_id]:
-            raise DataError(f"{path} has an object without a name: mend it, or delete it")
+            raise DataError(f"{paths[image_id]} has an object without a name: mend or delete it")
     return labels, sorted(set().union(*labels.values()) - {"background"})
 
 

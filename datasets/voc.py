@@ -30,13 +30,19 @@ def download_voc(root, sbd):
                         f"that {root}/Annotations exists, and SBD's benchmark.tgz in {sbd}")
 
 
-def voc_label_line(root, image_id):
-    """'ID name name ...' from Annotations/ID.xml: each object's name once, "difficult" included."""
-    path = root / "Annotations" / f"{image_id}.xml"
+def object_names(path):
+    """{names of the objects} of an XML file as VOC's, "difficult" included; {*}: any namespace."""
     try:
-        names = {node.findtext("name") for node in ElementTree.parse(path).iter("object")}
-    except (OSError, ElementTree.ParseError) as error:
-        raise DataError(f"{path} cannot be read ({error})")
+        objects = ElementTree.parse(path).getroot().findall(".//{*}object")
+    except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
+        raise DataError(f"{path} cannot be read ({error}): save it as UTF-8, or delete it")
+    return {thing.findtext("{*}name") for thing in objects}
+
+
+def voc_label_line(root, image_id):
+    """'ID name name ...' from Annotations/ID.xml: each object's name once."""
+    path = root / "Annotations" / f"{image_id}.xml"
+    names = object_names(path)
     if not names or names - set(VOC_CLASSES):
         raise DataError(f"{path} names {names - set(VOC_CLASSES) or 'no object'}: not VOC's")
     return " ".join([image_id, *sorted(names, key=VOC_CLASSES.index)])
