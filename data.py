@@ -13,25 +13,23 @@ Writes: ROOT/JPEGImages/ID.jpg                    the images, RGB
         ROOT/Parts/ID.png, Parts/names.txt        toy only: 1 body, 2 head
 Any folder like that is a data set; only preset.txt and Parts/ tell the stages which one it is.
 """
-import argparse
 import hashlib
 import re
 from contextlib import contextmanager
-from functools import cache, cached_property
-from importlib import import_module
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Mask
 
-from support.run import (DataError, atomic, ignore_interrupts, lack, launch, number, read_text,
-                         write_lines)
+from support.files import DataError, first_file, progress, read_text
+from support.masks import IGNORE, mask_in, read_image, read_mask
+from support.processes import ignore_interrupts, launch
 
-IGNORE = 255  # the mask value that is never trained on and never scored
 AUGMENT = {  # of stage 1; the paper names none, the jitter's strength is ours
     "flip": v2.RandomHorizontalFlip(), "vflip": v2.RandomVerticalFlip(),
     "transpose": v2.RandomApply([v2.RandomRotation((90, 90)), v2.RandomVerticalFlip(1)]),
@@ -159,88 +157,6 @@ class Folder:
         return mask_in(self.root / "SegmentationClass", image_id)
 
 
-def first_file(paths):
-    """The first that exists; where none does, the first."""
-    paths = [*paths]
-    return next((path for path in paths if path.is_file()), paths[0])
-
-
-def mask_in(directory, image_id):
-    """The path of an image's mask in a folder: ID.png, or ID.PNG if that is there."""
-    return first_file(directory / f"{image_id}{end}" for end in (".png", ".PNG"))
-
-
-def decode(path):
-    """A PIL image as the file has it; one that cannot be read is named."""
-    if not Path(path).is_file():
-        raise DataError(f"{path} {'is a folder' if Path(path).is_dir() else 'not found'}")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except Exception as error:  # on damaged files Pillow's decoders raise a dozen types
-        if lack(error):
-            raise
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:90]
-        raise DataError(f"{path} cannot be read ({reason}): mend it, or take it out of the split")
-
-
-def read_image(path):
-    """A PIL image in RGB, upright; grey, CMYK and 16-bit files are converted."""
-    image = decode(path)
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF: the pixels are all right
-        pass
-    if image.mode == "F":
-        raise DataError(f"{path} holds floating-point numbers: save it with 8 bits a channel")
-    if image.mode.startswith("I"):  # 16 bits
-        image = Image.fromarray((np.array(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    return image.convert("RGB")
-
-
-def is_whole(*paths):
-    """Whether each of an image's masks is there and can be read."""
-    try:
-        return all(decode(path) for path in paths)
-    except DataError:
-        return False
-
-
-def read_mask(path, num_classes, size=None):
-    """(H, W) uint8 from a palette or grey PNG; size: the (width, height) that it must have."""
-    image = decode(path)
-    if image.mode not in ("P", "L"):
-        raise DataError(f"{path} is a {image.mode} image: a mask is a palette or grey PNG")
-    if size is not None and image.size != tuple(size):
-        turned = ": is the photo turned by its EXIF orientation?" * (image.size == size[::-1])
-        raise DataError(f"{path} is %dx%d, its image %dx%d{turned}" % (*image.size, *size))
-    mask = np.array(image)
-    unknown = set(np.unique(mask).tolist()) - {*range(num_classes), IGNORE}
-    if unknown:
-        raise DataError(f"{path} has the value {min(unknown)}: allowed are 0 to {num_classes - 1} "
-                        f"(the lines of classes.txt) and {IGNORE} (ignore)")
-    return mask
-
-
-@cache
-def voc_palette():
-    """(256, 3) uint8, VOC's: bits 0, 1, 2 of a number are the top bits of R, G, B, and so on."""
-    palette = np.zeros((256, 3), np.uint8)
-    for label in range(256):
-        for bit in range(8):
-            palette[label, bit % 3] |= (label >> bit & 1) << (7 - bit // 3)
-    return palette
-
-
-def save_mask(path, mask):
-    """Write (H, W) class numbers as a palette PNG with VOC's colours, atomically."""
-    image = Image.fromarray(mask.astype(np.uint8))
-    image.putpalette(voc_palette().tobytes())
-    with atomic(path) as temporary:
-        image.save(temporary, format="PNG")
-
-
 # --- what the stages see -----------------------------------------------------------------------
 class Images(Dataset):
     """Stages 2 and 4: index -> id, image (H, W, 3) uint8 as decoded, resized (3, S, S) uint8.
@@ -272,11 +188,16 @@ class Images(Dataset):
         return image_id, np.array(image), self.tokens[image_id]
 
 
+def sub_seed(seed, number):
+    """Seed `number` of the million that belong to --seed."""
+    return seed * 1_000_003 + number
+
+
 @contextmanager
-def seeded(seed, draw):
-    """Torch's random numbers of this block are a function of seed and draw alone."""
+def seeded(seed, number):
+    """Torch's random numbers of this block are a function of seed and number alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed * 1_000_003 + draw)  # not CUDA's, too
+        torch.default_generator.manual_seed(sub_seed(seed, number))  # not CUDA's, too
         yield
 
 
@@ -348,66 +269,24 @@ def batches(num_images, batch_size, seed, start, stop, rank=0, world=1):
         raise DataError(f"{num_images} images cannot fill --batch-size {batch_size}: lower it")
     if batch_size % world:
         raise DataError(f"--batch-size {batch_size} is not a multiple of {world} ranks")
-    a_pass = num_images // batch_size
+    steps_per_epoch = num_images // batch_size
     for step in range(start, stop):
-        if step == start or step % a_pass == 0:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + step // a_pass)
+        if step == start or step % steps_per_epoch == 0:
+            generator = torch.Generator().manual_seed(sub_seed(seed, step // steps_per_epoch))
             order = torch.randperm(num_images, generator=generator).tolist()
-        first = step % a_pass * batch_size
+        first = step % steps_per_epoch * batch_size
         rows = range(first + rank, first + batch_size, world)
         yield [(order[row], step * batch_size + row - first) for row in rows]
 
 
-def note_shared(ids, val_ids):
-    """Say how many images a score would be over that were trained on."""
-    shared = len({*ids} & {*val_ids})
-    if shared:
-        print(f"note: {shared:,} of {len(val_ids):,} images of val are trained on as well: its "
-              "score is too good", flush=True)
+def training_batches(dataset, args, device, first, last, what, rank=0, world=1):
+    """Yield (step, images, targets) of steps first to last - 1, on the device, under a bar."""
+    sampler = batches(len(dataset), args.batch_size, args.seed, first, last, rank, world)
+    loaded = loader(dataset, args, device, batch_sampler=sampler)
+    for step, (images, targets) in enumerate(progress(loaded, what, last - first, rank > 0), first):
+        yield step, as_input(images, device), targets.to(device, non_blocking=True)
 
 
-# --- the command -------------------------------------------------------------------------------
-def write_folder(root, preset, classes, label_lines):
-    """Write a folder's three readable files; image_labels.txt, the last one, completes it."""
-    write_lines(root / "classes.txt", classes)
-    write_lines(root / "preset.txt", [preset])
-    write_lines(root / "image_labels.txt", label_lines)
-
-
-def parse_args(argv=None):
-    """`toy`, `voc`, `coco` or `labels`, and where to."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("dataset", choices=("toy", "voc", "coco", "labels"))
-    add("--root", type=Path, required=True, help="the data set folder")
-    add("--num", type=number(int, 1, 99999), nargs=3, default=(1500, 200, 200), metavar="N",
-        help="toy: images of train, val and test (default: 1500 200 200)")
-    add("--cooccur", type=number(float, 0, 1), metavar="P",
-        help="toy: probability that the background suits the first beetle's pattern")
-    add("--sbd", type=Path, help="voc: SBD's folder; its train.txt and val.txt make trainaug")
-    add("--train-masks", action="store_true", help="coco: masks of train, too, to score")
-    add("--download", action="store_true", help="voc, coco: fetch the archives first")
-    return parser.parse_args(argv)
-
-
-def main(args):
-    maker, make, *options = {
-        "toy": ("beetles", "make_toy", args.num, args.cooccur),
-        "voc": ("voc", "make_voc", args.sbd, args.download),
-        "coco": ("coco", "make_coco", args.train_masks, args.download),
-        "labels": ("labels", "make_labels")}[args.dataset]
-    try:
-        make = getattr(import_module(f"datasets.{maker}"), make)
-    except ModuleNotFoundError as error:
-        raise DataError(f"{error.name} is not installed: pip install -r datasets/requirements.txt")
-    make(args.root, *options)
-    folder = Folder(args.root)
-    splits = sorted((args.root / "ImageSets/Segmentation").glob("*.txt"))
-    print(f"{args.root}: {len(folder.classes)} classes with background; "
-          + (", ".join(f"{path.stem} {len(folder.ids(path.stem)):,}" for path in splits)
-             or f"no split yet: write {args.root}/ImageSets/Segmentation/train.txt, one ID a line"))
-
-
-if __name__ == "__main__":
+if __name__ == "__main__":  # make such a folder
+    from datasets.make import main, parse_args
     launch(main, parse_args())

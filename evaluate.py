@@ -19,15 +19,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import (IGNORE, Folder, Images, decode, is_whole, loader, mask_in, read_image,
-                  read_mask, save_mask, voc_palette)
-from model import upsample
+from data import Folder, Images, loader
+from datasets.beetles import part_recall
+from model import DeepLabv2, upsample
+from support.checkpoints import check_finite
 from support.crf import add_crf_flags, crf_settings, dense_crf
+from support.files import DataError, atomic, digest, git_commit, open_run, progress, write_lines
+from support.flags import stage_flags
 from support.inference import load_model, slide
-from support.pictures import PICTURE, draw, draw_overlay
-from support.run import (DataError, atomic, check_finite, check_masks, claimed, digest, git_commit,
-                         in_workers, join_processes, launch, open_run, progress, read_settings,
-                         read_text, stage_flags, write_lines)
+from support.masks import (IGNORE, claimed, decode, mask_in, read_image, read_mask, read_settings,
+                           save_mask, unfinished)
+from support.pictures import PICTURE, draw_overlay, draw_stages
+from support.processes import in_workers, join_processes, launch
+from support.scores import note_truth
 
 MAX_CLASSES = 21  # that the CRF is over, at most
 EXPORT = "results/VOC2012/Segmentation/comp6_test_cls"  # where VOC's server looks for ID.png
@@ -114,70 +118,40 @@ def score_masks(folder, ids, directory, workers=0, notes=True):
     return confusion, about
 
 
-def note_truth(folder, missing, confusion, about):
-    """Say in a line each what about a score may be other than it seems."""
-    where, n, known = folder.root / "SegmentationClass", about["num_images"], about["compared"]
-    if missing:
-        print(f"note: {len(missing):,} of {len(missing) + n:,} images are not scored: {where} has "
-              f"no {min(missing)}.png", flush=True)
-    if not confusion[1:].any() and (about["lacking"] or not known):
-        print(f"note: no class but background occurs in {where}: are its objects 255, or is it of "
-              "other images?", flush=True)
-    elif not known:
-        print(f"note: image_labels.txt has none of the {n:,} images: truth and labels are not "
-              "compared", flush=True)
-    elif about["unnamed"] or about["lacking"]:
-        print(f"note: the truth of {about['unnamed']:,} of {known:,} images holds a class that "
-              f"their line in image_labels.txt does not name, {about['lacking']:,} lack one that "
-              "it names: are the masks numbered as in classes.txt?", flush=True)
-
-
-def part_recall(folder, ids, directory):
-    """{part name: share of its pixels whose prediction is the true class}, from Parts/."""
-    names = read_text(folder.root / "Parts/names.txt").split()
-    found, total = np.zeros(len(names) + 1), np.zeros(len(names) + 1)
-    for image_id in (i for i in ids if folder.mask_path(i).is_file()):
-        truth = read_mask(folder.mask_path(image_id), len(folder.classes))
-        mask = read_mask(mask_in(directory, image_id), len(folder.classes))
-        parts = read_mask(folder.root / "Parts" / f"{image_id}.png", len(names) + 1,
-                          truth.shape[::-1])
-        total += np.bincount(parts.ravel(), minlength=len(total))
-        found += np.bincount(parts[mask == truth], minlength=len(total))
-    return {name: found[i] / max(total[i], 1) for i, name in enumerate(names, 1)}
-
-
-def score(folder, split, directory, about, workers, path=None):
-    """Write results.json of directory's masks on the split to path; print them as a table."""
+def results_of(folder, split, directory, workers):
+    """What results.json says of directory's masks on a split."""
     ids = folder.ids(split)
     confusion, truth = score_masks(folder, ids, directory, workers)
     if not truth["num_images"]:
         raise DataError(f"no ground truth to score: {folder.root}/SegmentationClass has none of "
                         f"the masks of {split}")
-    iou = dict(zip(folder.classes, iou_per_class(confusion).tolist()))
-    results = dict(about, split=split, **truth, miou=miou(confusion),
-                   iou={name: None if np.isnan(v) else v for name, v in iou.items()},
-                   pixel_accuracy=float(np.trace(confusion) / confusion.sum())
-                   if confusion.any() else None,
-                   ignore_policy="truth 255 is left out; a predicted 255 is a miss",
-                   git_commit=git_commit(), confusion=confusion.tolist())
-    rows = iou
-    if (folder.root / "Parts/names.txt").is_file():
+    iou = [None if np.isnan(value) else value for value in iou_per_class(confusion).tolist()]
+    accuracy = float(np.trace(confusion) / confusion.sum()) if confusion.any() else None
+    results = dict(split=split, **truth, miou=miou(confusion), iou=dict(zip(folder.classes, iou)),
+                   pixel_accuracy=accuracy, git_commit=git_commit(), confusion=confusion.tolist(),
+                   ignore_policy="truth 255 is left out; a predicted 255 is a miss")
+    if (folder.root / "Parts/names.txt").is_file():  # of the beetles
         results["part_recall"] = part_recall(folder, ids, directory)
-        rows = iou | {f"recall of part {n}": value for n, value in results["part_recall"].items()}
-    if path:
-        write_lines(path, [json.dumps(results)])
+    return results
+
+
+def print_table(results):
+    """IoU of each class, their mean, and what they are over."""
+    parts = results.get("part_recall", {})
+    rows = results["iou"] | {f"recall of part {name}": parts[name] for name in parts}
+    percent = {name: np.nan if value is None else 100 * value for name, value in (
+        rows | {key: results[key] for key in ("miou", "pixel_accuracy")}).items()}
     print(f"{'class':24s}   IoU %")
-    for name, value in rows.items():
-        print(f"{name:24s}  {100 * value:6.2f}")
+    for name in rows:
+        print(f"{name:24s}  {percent[name]:6.2f}")
+    confusion, word = np.array(results["confusion"]), {True: "yes", False: "no", None: "unknown"}
     missed = 100 * confusion[:, -1].sum() / max(1, confusion.sum())
-    word = {True: "yes", False: "no", None: "unknown"}
-    mean, accuracy = (np.nan if results[key] is None else 100 * results[key]
-                      for key in ("miou", "pixel_accuracy"))
-    print(f"mIoU {mean:.2f} %  pixel accuracy {accuracy:.2f} %  | "
-          f"{about['checkpoint'] or about['masks']} on {split} ({truth['num_images']:,} images, "
-          f"{truth['classes_scored']} of {len(iou)} classes), CRF: {word[about['crf']]}, image "
-          f"labels used at inference: {word[about['image_labels_used']]}, truth 255 left out, "
-          f"predicted 255 a miss ({missed:.1f} % of pixels)", flush=True)
+    print(f"mIoU {percent['miou']:.2f} %  pixel accuracy {percent['pixel_accuracy']:.2f} %  | "
+          f"{results['checkpoint'] or results['masks']} on {results['split']} "
+          f"({results['num_images']:,} images, {results['classes_scored']} of "
+          f"{len(results['iou'])} classes), CRF: {word[results['crf']]}, image labels used at "
+          f"inference: {word[results['image_labels_used']]}, truth 255 left out, predicted 255 a "
+          f"miss ({missed:.1f} % of pixels)", flush=True)
 
 
 # --- prediction --------------------------------------------------------------------------------
@@ -240,10 +214,9 @@ def predict_split(args, model, checkpoint, device, crf):
                             window=args.window, stride=args.stride,
                             constants=crf and crf | dict(backend=None))  # who computes is free
     ids, began, old = folder.ids(args.split), time.time(), read_settings(pred)
-    if not old:
-        check_masks(pred, settings, "delete them, or choose another --run")
-    fresh = old != settings  # else a killed run goes on where it stopped
-    todo = [i for i in ids if fresh or not is_whole(pred / f"{i}.png")]
+    fresh = bool(old) and old != settings  # else a killed run goes on where it stopped
+    todo = ids if fresh else unfinished(ids, {pred: settings}, args.workers,
+                                        "delete them, or choose another --run")
     results = in_workers(predict, segmented(model, folder, todo, args, device, crf),
                          0 if device.type == "cuda" else args.workers)
     results = progress(claimed(results, {pred: settings}, fresh), args.split, len(todo))
@@ -265,57 +238,29 @@ def export(args, ids, crf):
           f"the archive of `tar czf results.tgz -C {args.run} results`")
 
 
-# --- pictures ----------------------------------------------------------------------------------
-def draw_stages(args, folder, model, device, crf):
-    """RUN/figure.png: evenly spaced images that have pseudo masks, stage by stage."""
-    bpm, pseudo = args.run / "bpm", args.run / "pseudo"
-    ids = [path.stem for path in sorted(bpm.glob("*.png"))
-           if folder.mask_path(path.stem).is_file() and (pseudo / path.name).is_file()]
-    if not ids:
-        return print(f"no figure.png: no image has masks in {bpm}, {pseudo} and a ground truth")
-    C, rows, seen = len(folder.classes), [], {0}
-    for image_id in (ids[k * len(ids) // 6] for k in range(6)) if len(ids) > 6 else ids:
-        image = np.array(read_image(folder.image_path(image_id)))
-        paths = folder.mask_path(image_id), bpm / f"{image_id}.png", pseudo / f"{image_id}.png"
-        masks = [read_mask(path, C, image.shape[1::-1]) for path in paths]
-        logits = predict_logits(model, image, device, args.amp, args.window, args.stride)
-        masks.append(predict(logits, image, crf))
-        seen.update(*(np.unique(mask).tolist() for mask in masks))
-        rows.append([image, *(voc_palette()[mask] for mask in masks)])
-    names = {k: "ignore" if k == IGNORE else folder.classes[k] for k in sorted(seen)}
-    titles = ["image", "ground truth", "BPM (Eq. 10)", "pseudo (CRF)",
-              "DeepLabv2" + " + CRF" * bool(crf)]
-    shapes = {row[0].shape for row in rows}
-    if len(rows) == 6 and len(shapes) == 1 and shapes.pop()[1] < 128:  # small: two in a row
-        rows, titles = [a + b for a, b in zip(rows[::2], rows[1::2])], 2 * titles
-    draw(args.run / "figure.png", rows, titles, names,
-         "Images that have pseudo masks, evenly spaced, not chosen. BPM and pseudo masks know the "
-         "image labels; DeepLabv2 does not.")
-    print(f"written: {args.run}/figure.png")
-
-
-def segment_photo(args, model, classes, device, crf):
+# --- the stage ---------------------------------------------------------------------------------
+def segment_photo(args, segment, classes):
     """Write the mask of --image, and an overlay of both."""
     path = args.out.with_name(f"{args.out.stem}_overlay.png")
     if path.exists() and decode(path).info.get("Title") != PICTURE:
         raise DataError(f"{path} is in the way, and not ours to replace: choose another --out")
-    image, bar = np.array(read_image(args.image)), partial(progress, desc="windows")
-    logits = predict_logits(model, image, device, args.amp, args.window, args.stride, bar)
-    mask = predict(logits, image, crf)
+    image = np.array(read_image(args.image))
+    mask = segment(image, bar=partial(progress, desc="windows"))
     save_mask(args.out, mask)
     names = {k: classes[k] for k in np.unique(mask).tolist()}
-    draw_overlay(path, image, mask, names, [args.image.name, type(model).__name__])
+    draw_overlay(path, image, mask, names, [args.image.name, DeepLabv2.__name__])
     print(f"{args.out} and {path}: {', '.join(names.values())}")
 
 
-# --- the stage ---------------------------------------------------------------------------------
 def score_folder(args):
     """Score --masks; the results lie beside masks of ours, and nowhere else."""
     made = read_settings(args.masks)
     about = dict(checkpoint=None, masks=str(args.masks))
     about |= {name: made.get(name) for name in ("crf", "image_labels_used", "seed")}
-    score(Folder(args.data), args.split, args.masks, about, args.workers,
-          args.masks / "results.json" if made else None)
+    results = about | results_of(Folder(args.data), args.split, args.masks, args.workers)
+    if made:
+        write_lines(args.masks / "results.json", [json.dumps(results)])
+    print_table(results)
 
 
 def main(args):
@@ -327,15 +272,22 @@ def main(args):
     crf = crf_settings(args, device)
     model, checkpoint = load_model(args.run / "seg.pt", "seg")
     model = model.to(device)
+
+    def _segment(image, bar=iter):
+        logits = predict_logits(model, image, device, args.amp, args.window, args.stride, bar)
+        return predict(logits, image, crf)
+
     if args.image:
-        return segment_photo(args, model, checkpoint["classes"], device, crf)
+        return segment_photo(args, _segment, checkpoint["classes"])
     open_run(args.run)
     folder, about = predict_split(args, model, checkpoint, device, crf)
     if args.export:
         return export(args, folder.ids(args.split), crf)
-    score(folder, args.split, args.run / "pred", about, args.workers, args.run / "results.json")
+    results = about | results_of(folder, args.split, args.run / "pred", args.workers)
+    write_lines(args.run / "results.json", [json.dumps(results)])
+    print_table(results)
     print(f"written: {args.run}/pred, {args.run}/results.json")
-    draw_stages(args, folder, model, device, crf)
+    draw_stages(args.run, folder, _segment, "DeepLabv2" + " + CRF" * bool(crf))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,15 @@ import time
 import torch
 import torch.distributed as dist
 
-from data import Folder, Images, as_input, is_whole, loader, save_mask
+from data import Folder, Images, as_input, loader
 from evaluate import miou, score_masks
 from model import upsample
 from support.crf import add_crf_flags, crf_settings, dense_crf
+from support.files import DataError, digest, log, open_run, progress
+from support.flags import number, stage_flags
 from support.inference import load_model, slide
-from support.run import (NO_SBD, DataError, check_masks, claimed, digest, in_workers,
-                         join_processes, launch, log, number, open_run, progress, stage_flags)
+from support.masks import claimed, save_mask, unfinished
+from support.processes import in_workers, join_processes, launch
 from support.tokens import add_tokens_flag, keep_tokens, learning_blocks
 
 
@@ -28,7 +30,7 @@ def parse_args(argv=None):
     """The flags of stage 2."""
     flags = stage_flags(__doc__)
     add = flags.add
-    add("--split", "trainaug", "split whose images get masks", **NO_SBD)
+    add("--split", "trainaug", "split whose images get masks; train where DATA has no trainaug")
     add("--size", None, "the network sees SIZE x SIZE (default: cls.pt's training size times "
         "--size-ratio)", type=number(int, 1, 10**5))
     add("--size-ratio", 2.5, "inference over training size; ViT-PCM: 960 for 384", toy=1.0,
@@ -118,12 +120,8 @@ def main(args):
     outputs = {args.run / "bpm": made_with | dict(crf=False)}
     if crf:
         outputs[args.run / "pseudo"] = made_with | dict(crf=True) | crf | dict(backend=None)
-    todo = mine = ids[rank::world]
-    if not args.overwrite:
-        for out, settings in outputs.items():
-            check_masks(out, settings)
-        paths = ([out / f"{i}.png" for out in outputs] for i in mine)
-        todo = [i for i, whole in zip(mine, in_workers(is_whole, paths, args.workers)) if not whole]
+    mine = ids[rank::world]
+    todo = mine if args.overwrite else unfinished(mine, outputs, args.workers)
 
     # --- masks: results come as the loop asks for them, in the order of todo ---
     began, workers = time.time(), 0 if device.type == "cuda" else args.workers

@@ -10,33 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.backbones import create_backbone
-from support.run import DataError
-
-
-class Normalise(nn.Module):
-    """Images in [0, 1] -> the mean and standard deviation that the backbone's weights expect."""
-
-    def __init__(self, backbone):
-        super().__init__()
-        config = backbone.pretrained_cfg
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
-
-    def forward(self, images):
-        return (images - self.mean) / self.std
-
-
-class Network(nn.Module):
-    """A module whose batch norms keep their statistics where they do not learn."""
-
-    def train(self, mode=True):
-        """As nn.Module's."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
-                module.eval()
-        return self
+from support.backbones import FrozenBatchNorm, Normalise, create_backbone, patch_grid
 
 
 # --- CPF-CTE -----------------------------------------------------------------------------------
@@ -155,7 +129,7 @@ def initialise(module):
             nn.init.ones_(parameter[module.hidden_size:2 * module.hidden_size])
 
 
-class CPFCTE(Network):
+class CPFCTE(FrozenBatchNorm):
     """Context Patch Fusion with Class Token Enhancement: images -> classes of their patches."""
 
     def __init__(self, config, pretrained=False, weights=None):
@@ -208,28 +182,9 @@ class CPFCTE(Network):
                 tokens = vit.norm(vit.blocks[-self.blocks_left:](images))
             h = w = math.isqrt(tokens.shape[1] - vit.num_prefix_tokens)
         else:
-            h, w = self.grid(*images.shape[-2:])
+            h, w = patch_grid(vit, *images.shape[-2:])
             tokens = vit.forward_features(self.normalise(images))
         return vit.fc_norm(tokens)[:, vit.num_prefix_tokens:].unflatten(1, (h, w))
-
-    def grid(self, *size):
-        """(h, w) of the patches of an image of (H, W) pixels."""
-        patch = self.backbone.patch_embed.feat_ratio(False)
-        if size[0] % patch[0] or size[1] % patch[1]:
-            raise DataError(f"--size {size[0]} is no multiple of the {patch[0]} pixels of a patch "
-                            f"of {self.config.backbone}")
-        return size[0] // patch[0], size[1] // patch[1]
-
-    def frozen_tokens(self, images):
-        """What --tokens keeps of images: the ViT's (B, n, D) before its last `blocks_left`."""
-        if not self.blocks_left:
-            return self.backbone.forward_features(self.normalise(images))
-        entering = []
-        hook = self.backbone.blocks[-self.blocks_left].register_forward_pre_hook(
-            lambda block, inputs: entering.append(inputs[0]))
-        self.backbone.forward_features(self.normalise(images))
-        hook.remove()
-        return entering[0]
 
     def enhance(self, tokens):
         """Eq. (2): [p_i ; t(i)], then a linear map back to D: p'_i, (B, h, w, D)."""
@@ -313,7 +268,7 @@ class SegmenterConfig:
     output_stride: int = 8             # pixels of the image to one of the logits
 
 
-class DeepLabv2(Network):
+class DeepLabv2(FrozenBatchNorm):
     """DeepLabv2: a dilated CNN, ASPP with summed branches, the maximum over input scales."""
 
     def __init__(self, config, pretrained=False, weights=None):

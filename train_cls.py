@@ -11,11 +11,14 @@ import time
 
 import torch
 
-from data import AUGMENT, Folder, LabelledImages, as_input, batches, loader, note_shared
+from data import (AUGMENT, Folder, LabelledImages, as_input, loader, sub_seed, training_batches)
 from model import (CPFCTE, ClassifierConfig, border_and_centre, classification_loss,
                    pool_by_place, pool_patches)
-from support.run import (NO_SBD, check_loss, join_processes, launch, logged, mean_loss,
-                         open_checkpoint, prepare, progress, restore, save_checkpoint, stage_flags)
+from support.checkpoints import check_loss, mean_loss, open_checkpoint, restore, save_checkpoint
+from support.files import logged
+from support.flags import stage_flags
+from support.processes import join_processes, launch, prepare
+from support.scores import mean_average_precision, note_shared
 from support.tokens import add_tokens_flag, keep_tokens, learning_blocks
 
 
@@ -23,7 +26,7 @@ def parse_args(argv=None):
     """The flags of stage 1."""
     flags = stage_flags(__doc__, trains=True)
     add = flags.add  # of voc; a preset that departs from it is named; photo follows voc_small
-    add("--train-split", "trainaug", "split to train on", **NO_SBD)
+    add("--train-split", "trainaug", "split to train on; train where DATA has no trainaug")
     add("--val-split", "val", "split whose image labels score each epoch; none: no score")
     add("--size", 384, "resize images to SIZE x SIZE", toy=96, voc_small=224, photo=448, low=1)
     add("--augment", ["flip", "jitter"], "vflip and transpose are ViT-PCM's", toy=["flip"],
@@ -123,23 +126,6 @@ def validate(model, dataset, args, device):
                 border_background=border, centre_background=centre)
 
 
-def average_precision(scores, labels):
-    """Area under precision over recall; scores (n,), labels (n,). Equal scores are one step."""
-    order = scores.argsort(descending=True)
-    hits, ranked = labels[order].double().cumsum(dim=0), scores[order]
-    steps = torch.cat([ranked.diff() != 0, torch.ones(1, dtype=torch.bool)])
-    precision = (hits / torch.arange(1, len(hits) + 1))[steps]
-    recall = hits[steps] / hits[-1]
-    return (precision * recall.diff(prepend=recall.new_zeros(1))).sum().item()
-
-
-def mean_average_precision(scores, labels):
-    """Mean over the object classes that occur of the average precision; (n, C) each."""
-    occurs = [c for c in range(1, labels.shape[1]) if labels[:, c].any()]
-    found = [average_precision(scores[:, c], labels[:, c]) for c in occurs]
-    return sum(found) / len(found) if found else None
-
-
 def main(args):
     device, rank, world = join_processes(args.device)
 
@@ -169,16 +155,13 @@ def main(args):
         if epoch in (first_epoch, args.frozen_epochs):
             model.train_last(0 if epoch < args.frozen_epochs else args.train_blocks)
             network = prepare(model.train(), args, world)
-        step, began, total = epoch * steps_per_epoch, time.time(), torch.zeros((), device=device)
-        torch.manual_seed(args.seed * 1_000_003 + epoch * world + rank)  # dropout
-        sampler = batches(len(ids), args.batch_size, args.seed, step, step + steps_per_epoch,
-                          rank, world)
-        for images, image_labels in progress(loader(train, args, device, batch_sampler=sampler),
-                                             f"epoch {epoch + 1}", steps_per_epoch, rank > 0):
+        first, began, total = epoch * steps_per_epoch, time.time(), torch.zeros((), device=device)
+        torch.manual_seed(sub_seed(args.seed, epoch * world + rank))  # dropout
+        for step, images, image_labels in training_batches(
+                train, args, device, first, first + steps_per_epoch, f"epoch {epoch + 1}", rank,
+                world):
             for group in optimizer.param_groups:
                 group["lr"] = group["factor"] * learning_rate(args, step, steps_per_epoch)
-            images = as_input(images, device)
-            image_labels = image_labels.to(device, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 Y = network(images)                          # Eq. (1) to (7)  (B, h, w, C)
             s = (pool_by_place(Y) if step < args.centre_steps else
@@ -188,8 +171,7 @@ def main(args):
             loss.backward()
             optimizer.step()
             total += loss.detach()
-            step += 1
-            check_loss(total, step, path)
+            check_loss(total, step + 1, path)
 
         # --- save, score, log ---
         loss = mean_loss(total, steps_per_epoch, world, model, f"in epoch {epoch + 1}", path)

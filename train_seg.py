@@ -15,12 +15,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import IGNORE, Folder, Images, MaskedImages, batches, loader, note_shared, read_mask
+from data import Folder, Images, MaskedImages, training_batches
 from evaluate import confusion_matrix, miou, predict, predict_logits, score_masks
 from model import DeepLabv2, SegmenterConfig
-from support.run import (NO_SBD, check_loss, join_processes, launch, logged, mean_loss,
-                         open_checkpoint, prepare, progress, read_settings, restore,
-                         save_checkpoint, stage_flags, write_lines)
+from support.checkpoints import check_loss, mean_loss, open_checkpoint, restore, save_checkpoint
+from support.files import logged, write_lines
+from support.flags import stage_flags
+from support.masks import IGNORE, read_mask, read_settings
+from support.processes import join_processes, launch, prepare
+from support.scores import note_shared
 
 MOMENTUM, WEIGHT_DECAY, POLY_POWER = 0.9, 5e-4, 0.9
 
@@ -29,7 +32,7 @@ def parse_args(argv=None):
     """The flags of stage 3."""
     flags = stage_flags(__doc__, trains=True, bf16=("toy", "voc-small"))
     add = flags.add
-    add("--train-split", "trainaug", "split to train on", **NO_SBD)
+    add("--train-split", "trainaug", "split to train on; train where DATA has no trainaug")
     add("--val-split", "val", "split that scores the network at every save; none: no score")
     add("--val-images", 100, "that score is over the first so many images")
     add("--masks", None, "folder of the masks to learn (default: RUN/pseudo)", type=Path)
@@ -146,14 +149,11 @@ def main(args):
     train = MaskedImages(folder, ids, masks_dir, args.crop, args.rescale, args.seed, fill)
     for first in range(done, args.iterations, args.save_every):
         last = min(first + args.save_every, args.iterations)
-        began, step, total = time.time(), first, torch.zeros((), device=device)
-        sampler = batches(len(ids), args.batch_size, args.seed, first, last, rank, world)
-        for images, masks in progress(loader(train, args, device, batch_sampler=sampler),
-                                      f"to iteration {last}", last - first, rank > 0):
+        began, total = time.time(), torch.zeros((), device=device)
+        for step, images, masks in training_batches(
+                train, args, device, first, last, f"to iteration {last}", rank, world):
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * poly(step, args.iterations, args.warm_up)
-            images = images.to(device, non_blocking=True) / 255
-            masks = masks.to(device, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 outputs = network(images)                       # logits of each scale, maximum
             loss = multi_scale_loss(outputs, masks, world)
@@ -161,8 +161,7 @@ def main(args):
             loss.backward()
             optimizer.step()
             total += loss.detach()
-            step += 1
-            check_loss(total, step, path)
+            check_loss(total, step + 1, path)
 
         # --- save, score, log ---
         loss = mean_loss(total, last - first, world, model, f"before iteration {last}", path)

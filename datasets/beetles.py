@@ -8,8 +8,9 @@ import math
 import numpy as np
 from PIL import Image
 
-from data import IGNORE, save_mask, write_folder
-from support.run import DataError, atomic, progress, read_text, write_lines
+from datasets import write_folder
+from support.files import DataError, atomic, progress, read_text, write_lines
+from support.masks import IGNORE, mask_in, read_mask, save_mask
 
 TOY_SIZE = 96  # pixels a side
 Y, X = np.mgrid[:TOY_SIZE, :TOY_SIZE]
@@ -112,3 +113,17 @@ def make_toy(root, num, cooccur=None):
         " ".join([pattern, *(name for name in TOY_CLASSES if name.startswith(pattern))])
         for pattern in PATTERNS])
     write_folder(root, "toy", TOY_CLASSES, label_lines)
+
+
+def part_recall(folder, ids, directory):
+    """{part name: share of its pixels whose prediction is the true class}, from Parts/."""
+    names = read_text(folder.root / "Parts/names.txt").split()
+    found, total = np.zeros(len(names) + 1), np.zeros(len(names) + 1)
+    for image_id in (i for i in ids if folder.mask_path(i).is_file()):
+        truth = read_mask(folder.mask_path(image_id), len(folder.classes))
+        mask = read_mask(mask_in(directory, image_id), len(folder.classes))
+        parts = read_mask(folder.root / "Parts" / f"{image_id}.png", len(names) + 1,
+                          truth.shape[::-1])
+        total += np.bincount(parts.ravel(), minlength=len(total))
+        found += np.bincount(parts[mask == truth], minlength=len(total))
+    return {name: found[i] / max(total[i], 1) for i, name in enumerate(names, 1)}

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 from pycocotools.coco import COCO
 
-from data import IGNORE, save_mask, write_folder
-from support.run import DataError, atomic, progress, write_lines
+from datasets import write_folder
+from support.files import DataError, atomic, progress, write_lines
+from support.masks import IGNORE, save_mask
 
 COCO_COUNTS = {"train": (82783, 82081), "val": (40504, 40137)}  # images, and those with an object
 COCO_ARCHIVES = {  # what of the official site is unpacked to ROOT, with its MD5

@@ -10,9 +10,10 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from data import ENDINGS, IGNORE, Folder, check_classes, read_mask, without_ending
+from data import ENDINGS, Folder, check_classes, without_ending
+from support.files import DataError, progress, read_text, write_lines
+from support.masks import IGNORE, read_mask
 from datasets.voc import object_names
-from support.run import DataError, progress, read_text, write_lines
 
 SOURCES = {"Annotations": ".xml", "annotations": ".json", "SegmentationClass": ".png"}
 

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import huggingface_hub.constants as hub
 import timm
+import torch
 from timm.layers import HybridEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from timm.models.vision_transformer_hybrid import ConvStem
+from torch import nn
 
 from data import seeded
-from support.run import MADE_BY, DataError, lack, load_checkpoint
+from support.checkpoints import MADE_BY, load_checkpoint
+from support.files import DataError, lack
 
 
 def ask_hub(name):
@@ -140,6 +143,39 @@ def create_backbone(name, kind, pretrained, weights=None, **kwargs):
                                f" ({reason}): --weights takes the file of {file}"))
         raise DataError(f"no weights for {name} from the hub ({reason}): pass --weights FILE with "
                         "a local copy, or --no-pretrained for random ones")
+
+
+class Normalise(nn.Module):
+    """Images in [0, 1] -> the mean and standard deviation that the backbone's weights expect."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        config = backbone.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
+
+    def forward(self, images):
+        return (images - self.mean) / self.std
+
+
+class FrozenBatchNorm(nn.Module):
+    """A network whose batch norms keep their statistics where they do not learn."""
+
+    def train(self, mode=True):
+        """As nn.Module's."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+                module.eval()
+        return self
+
+
+def patch_grid(vit, height, width):
+    """(h, w) of the patches of an image of that many pixels."""
+    patch = vit.patch_embed.feat_ratio(False)
+    if height % patch[0] or width % patch[1]:
+        raise DataError(f"--size {height} is no multiple of the {patch[0]} pixels of a patch")
+    return height // patch[0], width // patch[1]
 
 
 # --- networks of ours, registered with timm: the hybrid of preset photo, the small ones of toy ---

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from support.run import DataError
+from support.files import DataError
 
 try:
     import pydensecrf.densecrf as densecrf

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig
-from support.run import DataError, load_checkpoint, restore
+from support.checkpoints import load_checkpoint, restore
+from support.files import DataError
 
 
 def load_model(path, kind, config=None, model=None):

@@ -6,8 +6,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch.nn.functional import max_pool2d
 
-from data import voc_palette
-from support.run import atomic
+from support.files import atomic
+from support.masks import IGNORE, read_image, read_mask, voc_palette
 
 PICTURE = "drawn by evaluate.py"  # noted in the file
 GAP, LINE = 8, 20  # pixels between pictures, of a line of text
@@ -67,3 +67,31 @@ def draw_overlay(path, image, mask, names, titles):
     alpha = np.where(grown != mask, 1, 0.45)[..., None] * (grown > 0)[..., None]
     overlay = (1 - alpha) * image + alpha * voc_palette()[grown.astype(np.uint8)]
     draw(path, [[image, overlay.astype(np.uint8)]], titles, names, "")
+
+
+def draw_stages(run, folder, segment, title):
+    """RUN/figure.png: evenly spaced images that have pseudo masks, stage by stage.
+
+    segment(image) is the mask of the last column, which has the title.
+    """
+    bpm, pseudo = run / "bpm", run / "pseudo"
+    ids = [path.stem for path in sorted(bpm.glob("*.png"))
+           if folder.mask_path(path.stem).is_file() and (pseudo / path.name).is_file()]
+    if not ids:
+        return print(f"no figure.png: no image has masks in {bpm}, {pseudo} and a ground truth")
+    C, rows, seen = len(folder.classes), [], {0}
+    for image_id in (ids[k * len(ids) // 6] for k in range(6)) if len(ids) > 6 else ids:
+        image = np.array(read_image(folder.image_path(image_id)))
+        paths = folder.mask_path(image_id), bpm / f"{image_id}.png", pseudo / f"{image_id}.png"
+        masks = [*(read_mask(path, C, image.shape[1::-1]) for path in paths), segment(image)]
+        seen.update(*(np.unique(mask).tolist() for mask in masks))
+        rows.append([image, *(voc_palette()[mask] for mask in masks)])
+    names = {k: "ignore" if k == IGNORE else folder.classes[k] for k in sorted(seen)}
+    titles = ["image", "ground truth", "BPM (Eq. 10)", "pseudo (CRF)", title]
+    shapes = {row[0].shape for row in rows}
+    if len(rows) == 6 and len(shapes) == 1 and shapes.pop()[1] < 128:  # small: two in a row
+        rows, titles = [a + b for a, b in zip(rows[::2], rows[1::2])], 2 * titles
+    draw(run / "figure.png", rows, titles, names,
+         "Images that have pseudo masks, evenly spaced, not chosen. BPM and pseudo masks know the "
+         "image labels; DeepLabv2 does not.")
+    print(f"written: {run}/figure.png")

@@ -1,8 +1,7 @@
-"""--tokens FILE: what a frozen backbone makes of each image, computed once for all runs.
+"""--tokens DIR: what a frozen backbone makes of each image, computed once for all runs.
 
-The file begins with a line of JSON, padded to HEADER bytes, that says what made the tokens. Then
-one record an image follows: the hash of its file (KEY bytes) and its tokens (n, D) float16. Images
-that are missing are added at the end.
+DIR/KEY.npy holds the tokens (n, D) float16 of the image whose file has the hash KEY, and
+DIR/made_with.json says what made them. A run adds the images that are missing.
 """
 import hashlib
 import json
@@ -14,32 +13,23 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from data import Images, as_input, loader
-from support.run import DataError, digest, flock, progress
-
-HEADER, KEY = 4096, 16
+from support.files import DataError, atomic, digest, flock, progress, read_text, write_lines
 
 
 def add_tokens_flag(add):
     """The flag of stages 1 and 2."""
     add("--tokens", None, "keep what the frozen part of the backbone makes of each image in this "
-        "file, and take it from there if it has it: a later run starts at once", type=Path)
+        "folder, and take it from there if it has it: a later run starts at once", type=Path)
 
 
 class KeptTokens:
-    """{image id: its tokens (n, D) float16}, from a file that keep_tokens() has filled."""
+    """{image id: its tokens (n, D) float16}, each read from its file when it is asked for."""
 
-    def __init__(self, path, shape, rows):
-        self.path, self.shape, self.rows = path, shape, rows  # rows: {image id: number of record}
+    def __init__(self, paths):
+        self.paths = paths
 
     def __getitem__(self, image_id):
-        start = HEADER + self.rows[image_id] * record_size(self.shape) + KEY
-        tokens = np.fromfile(self.path, np.float16, int(np.prod(self.shape)), offset=start)
-        return torch.from_numpy(tokens).view(self.shape)
-
-
-def record_size(shape):
-    """Bytes of one image."""
-    return KEY + 2 * int(np.prod(shape))
+        return torch.from_numpy(np.load(self.paths[image_id]))
 
 
 def learning_blocks(args):
@@ -59,78 +49,76 @@ def frozen_digest(model):
     return sha.hexdigest()[:16]
 
 
+def frozen_tokens(model, images):
+    """The ViT's tokens (B, n, D) of images (B, 3, H, W), before its last blocks_left."""
+    vit, entering = model.backbone, []
+    if not model.blocks_left:
+        return vit.forward_features(model.normalise(images))
+    hook = vit.blocks[-model.blocks_left].register_forward_pre_hook(
+        lambda block, inputs: entering.append(inputs[0]))
+    vit.forward_features(model.normalise(images))
+    hook.remove()
+    return entering[0]
+
+
 @contextmanager
-def locked(path):
-    """The file, open to read and to write, while no other run adds to it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.open("ab").close()
-    with open(path, "r+b") as file:
+def locked(home):
+    """The folder, while no other run adds to it."""
+    if home.is_file():
+        raise DataError(f"{home} is a file: --tokens takes a folder")
+    home.mkdir(parents=True, exist_ok=True)
+    with open(home / ".lock", "a") as file:
         if not flock(file):
-            print(f"{path}: another run fills it; waiting", flush=True)
+            print(f"{home}: another run fills it; waiting", flush=True)
             flock(file, wait=True)
-        yield file
+        yield
 
 
-def check_header(path, header, made_with):
-    """Refuse a file that is of something else, or of other tokens."""
+def check_made_with(home, made_with):
+    """Note in a new folder what makes its tokens; refuse one that holds something else."""
+    note = home / "made_with.json"
+    if not note.is_file():
+        if any(not path.name.startswith(".") for path in home.iterdir()):
+            raise DataError(f"{home} holds something else: --tokens takes a new folder")
+        return write_lines(note, [json.dumps(made_with)])
     try:
-        found = dict(json.loads(header))
+        found = dict(json.loads(read_text(note)))
     except (ValueError, TypeError):
-        raise DataError(f"{path} is no file of tokens: --tokens takes the name of a new one")
+        raise DataError(f"{note} is damaged: choose another --tokens")
     for name, value in made_with.items():
         if found.get(name) != value:
-            raise DataError(f"{path} is of {name} {found.get(name)}, now it is {value}: choose "
+            raise DataError(f"{home} is of {name} {found.get(name)}, now it is {value}: choose "
                             "another --tokens")
 
 
 @torch.no_grad()
 def keep_tokens(dataset, model, blocks, args, device):
-    """Let a data.Images read KeptTokens, after adding those that args.tokens lacks.
+    """Let a data.Images read its tokens from args.tokens, after adding those that it lacks.
 
     blocks: how many of the last blocks learn, and so come after what is kept.
     """
-    vit, path, folder, ids = model.backbone, args.tokens, dataset.folder, dataset.ids
-    size = dataset.size
+    vit, home, folder = model.backbone, args.tokens, dataset.folder
     if blocks > len(vit.blocks):
         raise DataError(f"--tokens keeps what never learns: lower --train-blocks to at most "
                         f"{len(vit.blocks)}")
     if blocks and not isinstance(vit, VisionTransformer):
         raise DataError(f"--tokens with {model.config.backbone}: pass --train-blocks 0")
     model.eval().blocks_left = blocks
-    images = Images(folder, ids, size)
-    shape = list(model.frozen_tokens(torch.zeros(1, 3, size, size, device=device)).shape[1:])
-    made_with = dict(backbone=model.config.backbone, size=size, blocks_after=blocks, amp=args.amp,
-                     shape=shape, weights=frozen_digest(model))
-    keys = [digest(folder.image_path(image_id)).encode() for image_id in ids]
-    with locked(path) as file:
-        header, record = file.read(HEADER), record_size(shape)
-        if header:
-            check_header(path, header, made_with)
-        else:
-            file.write(json.dumps(made_with).encode().ljust(HEADER))
-        number = (file.seek(0, 2) - HEADER) // record  # an unfinished record is written over
-        rows = {}
-        for row in range(number):
-            file.seek(HEADER + row * record)
-            rows[file.read(KEY)] = row
-        missing = [k for k, key in enumerate(keys) if key not in rows]
-        file.seek(HEADER + number * record)
-        batches = loader(images, args, device, batch_size=8, sampler=missing, collate_fn=list)
-        batches = progress(batches, f"tokens for {path}", (len(missing) + 7) // 8)
-        for row, (k, tokens) in enumerate(zip(missing, frozen(model, batches, args, device)),
-                                          start=number):
-            if not tokens.isfinite().all():
-                raise DataError(f"{path}: tokens of {ids[k]} do not fit into float16: train "
-                                "without --tokens")
-            file.write(keys[k] + tokens.numpy().tobytes())
-            rows[keys[k]] = row
-    dataset.tokens = KeptTokens(path, shape, {i: rows[key] for i, key in zip(ids, keys)})
-
-
-def frozen(model, batches, args, device):
-    """Yield the tokens (n, D) float16 of each image."""
-    for items in batches:
-        images = as_input(torch.stack([image for _, _, image in items]), device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            tokens = model.frozen_tokens(images)
-        yield from tokens.half().cpu()
+    made_with = dict(backbone=model.config.backbone, size=dataset.size, blocks_after=blocks,
+                     amp=args.amp, weights=frozen_digest(model))
+    paths = {i: home / f"{digest(folder.image_path(i))}.npy" for i in dataset.ids}
+    with locked(home):
+        check_made_with(home, made_with)
+        images = Images(folder, [i for i in paths if not paths[i].is_file()], dataset.size)
+        batches = loader(images, args, device, batch_size=8, collate_fn=list)
+        for items in progress(batches, f"tokens for {home}", len(batches)):
+            ids, _, resized = zip(*items)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                tokens = frozen_tokens(model, as_input(torch.stack(resized), device))
+            for image_id, of_image in zip(ids, tokens.half().cpu()):
+                if not of_image.isfinite().all():
+                    raise DataError(f"tokens of {image_id} do not fit into float16: train without "
+                                    "--tokens")
+                with atomic(paths[image_id]) as temporary, open(temporary, "wb") as file:
+                    np.save(file, of_image.numpy())
+    dataset.tokens = KeptTokens(paths)
