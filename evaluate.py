@@ -31,7 +31,7 @@ from support.masks import (IGNORE, claimed, decode, mask_in, read_image, read_ma
                            save_mask, unfinished)
 from support.pictures import PICTURE, draw_overlay, draw_stages
 from support.processes import in_workers, join_processes, launch
-from support.scores import note_truth
+from support.scores import boundary_iou, note_truth
 
 MAX_CLASSES = 21  # that the CRF is over, at most
 EXPORT = "results/VOC2012/Segmentation/comp6_test_cls"  # where VOC's server looks for ID.png
@@ -125,28 +125,41 @@ def results_of(folder, split, directory, workers):
     if not truth["num_images"]:
         raise DataError(f"no ground truth to score: {folder.root}/SegmentationClass has none of "
                         f"the masks of {split}")
-    iou = [None if np.isnan(value) else value for value in iou_per_class(confusion).tolist()]
-    accuracy = float(np.trace(confusion) / confusion.sum()) if confusion.any() else None
-    results = dict(split=split, **truth, miou=miou(confusion), iou=dict(zip(folder.classes, iou)),
-                   pixel_accuracy=accuracy, git_commit=git_commit(), confusion=confusion.tolist(),
-                   ignore_policy="truth 255 is left out; a predicted 255 is a miss")
+    iou, contours = iou_per_class(confusion), boundary_iou(folder, ids, directory, workers)
+    contours[np.isnan(iou)] = np.nan  # both are over the classes that the truth holds
+    results = dict(
+        split=split, **truth, miou=miou(confusion), iou=by_name(folder, iou),
+        boundary_miou=float(np.nanmean(contours)) if confusion.any() else None,
+        boundary_iou=by_name(folder, contours),
+        pixel_accuracy=float(np.trace(confusion) / confusion.sum()) if confusion.any() else None,
+        ignore_policy="truth 255 is left out; a predicted 255 is a miss",
+        git_commit=git_commit(), confusion=confusion.tolist())
     if (folder.root / "Parts/names.txt").is_file():  # of the beetles
         results["part_recall"] = part_recall(folder, ids, directory)
     return results
 
 
+def by_name(folder, values):
+    """{class name: value, None for NaN}."""
+    return {name: None if np.isnan(value) else value
+            for name, value in zip(folder.classes, values.tolist())}
+
+
 def print_table(results):
     """IoU of each class, their mean, and what they are over."""
-    parts = results.get("part_recall", {})
-    rows = results["iou"] | {f"recall of part {name}": parts[name] for name in parts}
-    percent = {name: np.nan if value is None else 100 * value for name, value in (
-        rows | {key: results[key] for key in ("miou", "pixel_accuracy")}).items()}
-    print(f"{'class':24s}   IoU %")
-    for name in rows:
-        print(f"{name:24s}  {percent[name]:6.2f}")
+    def _percent(value):
+        return f"{np.nan if value is None else 100 * value:.2f}"
+
+    print(f"{'class':24s}   IoU %   boundary IoU %")
+    for name, value in results["iou"].items():
+        print(f"{name:24s}  {_percent(value):>6s}  {_percent(results['boundary_iou'][name]):>6s}")
+    for name, value in results.get("part_recall", {}).items():
+        print(f"recall of part {name:9s}  {_percent(value):>6s}")
     confusion, word = np.array(results["confusion"]), {True: "yes", False: "no", None: "unknown"}
     missed = 100 * confusion[:, -1].sum() / max(1, confusion.sum())
-    print(f"mIoU {percent['miou']:.2f} %  pixel accuracy {percent['pixel_accuracy']:.2f} %  | "
+    print(f"mIoU {_percent(results['miou'])} %  pixel accuracy "
+          f"{_percent(results['pixel_accuracy'])} %  boundary IoU "
+          f"{_percent(results['boundary_miou'])} %  | "
           f"{results['checkpoint'] or results['masks']} on {results['split']} "
           f"({results['num_images']:,} images, {results['classes_scored']} of "
           f"{len(results['iou'])} classes), CRF: {word[results['crf']]}, image labels used at "
