@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Mask
 
-from support.files import DataError, first_file, progress, read_text
+from support.files import UserError, first_file, progress, read_text
 from support.masks import IGNORE, mask_in, read_image, read_mask
 from support.processes import ignore_interrupts, launch
 
@@ -48,12 +48,12 @@ def line_id(line, where):
              for word in line.split()]
     if len({without_ending(word) for word in words}) > 1:
         if words[-1] in ("1", "0", "-1"):
-            raise DataError(f"{where}: {line!r} has a blank. A list of ImageSets/Main, which says "
+            raise UserError(f"{where}: {line!r} has a blank. A list of ImageSets/Main, which says "
                             "where one class shows? Take those of ImageSets/Segmentation. A name "
                             "with a blank? Rename the file")
-        raise DataError(f"{where}: {line!r} has a blank: a line is one ID, and no ID has blanks")
+        raise UserError(f"{where}: {line!r} has a blank: a line is one ID, and no ID has blanks")
     if Path(words[0]).name != words[0] or "\\" in words[0] or words[0].startswith("."):
-        raise DataError(f"{where}: {words[0]!r} is no name of a file")
+        raise UserError(f"{where}: {words[0]!r} is no name of a file")
     return words[0]
 
 
@@ -66,11 +66,11 @@ def check_classes(classes, where):
     """Refuse names with spaces, a name twice, no background, or more than a mask can hold."""
     for name in classes:
         if len(name.split()) != 1 or classes.count(name) > 1:
-            raise DataError(f"{where}: {name!r} has a space, or is there twice")
+            raise UserError(f"{where}: {name!r} has a space, or is there twice")
     if classes[0] != "background":
-        raise DataError(f"{where} begins with {classes[0]!r}: class 0 is 'background'")
+        raise UserError(f"{where} begins with {classes[0]!r}: class 0 is 'background'")
     if len(classes) > IGNORE:
-        raise DataError(f"{where} has {len(classes)} classes: a mask can hold {IGNORE}")
+        raise UserError(f"{where} has {len(classes)} classes: a mask can hold {IGNORE}")
 
 
 class Folder:
@@ -79,11 +79,11 @@ class Folder:
     def __init__(self, root, checkpoint=None):
         self.root = Path(root)
         if not self.root.is_dir():
-            raise DataError(f"{root} not found: make it with data.py (python data.py --help)")
+            raise UserError(f"{root} not found: make it with data.py (python data.py --help)")
         where, self.classes = self.root / "classes.txt", [*self._lines("classes.txt").values()]
         check_classes(self.classes, where)
         if checkpoint and checkpoint["classes"] != self.classes:
-            raise DataError(f"{where} has other classes than the checkpoint was trained on")
+            raise UserError(f"{where} has other classes than the checkpoint was trained on")
 
     def _lines(self, name):
         """{number: line} of a text file, without those that are blank."""
@@ -91,11 +91,11 @@ class Folder:
         if not path.is_file():
             inside = self.root / "VOC2012"  # of VOCdevkit
             cure = f"pass --data {inside}" if inside.is_dir() else "run data.py, or write it"
-            raise DataError(f"{path} not found: {cure} (docs/DATA.md)")
+            raise UserError(f"{path} not found: {cure} (docs/DATA.md)")
         lines = {k: line.strip() for k, line in enumerate(read_text(path).splitlines(), 1)
                  if line.strip()}
         if not lines:
-            raise DataError(f"{path} is empty")
+            raise UserError(f"{path} is empty")
         return lines
 
     def ids(self, split):
@@ -105,7 +105,7 @@ class Folder:
         ids = [self._id(line_id(line, f"{where}, line {k}")) for k, line in lines.items()]
         if len(set(ids)) < len(ids):
             twice = next(image_id for image_id in ids if ids.count(image_id) > 1)
-            raise DataError(f"{where} lists {twice} twice")
+            raise UserError(f"{where} lists {twice} twice")
         return ids
 
     def _id(self, name):
@@ -120,7 +120,7 @@ class Folder:
         for name, *names in map(str.split, self._lines("image_labels.txt").values()):
             image_id = self._id(name)
             if image_id in labels:
-                raise DataError(f"{self.root}/image_labels.txt has two lines for {image_id}")
+                raise UserError(f"{self.root}/image_labels.txt has two lines for {image_id}")
             labels[image_id] = names
         return labels
 
@@ -128,13 +128,13 @@ class Folder:
         """(C,) float32, 1 for each class that image_labels.txt names; background is always 1."""
         names, where = self._labels.get(image_id), self.root / "image_labels.txt"
         if not names:
-            raise DataError(f"{where}: no label for {image_id}: add '{image_id} NAME ...', with "
+            raise UserError(f"{where}: no label for {image_id}: add '{image_id} NAME ...', with "
                             "'background' where it shows no object")
         labels = torch.zeros(len(self.classes))
         labels[0] = 1
         for name in names:
             if name not in self.classes:
-                raise DataError(f"{where}: {image_id} has {name!r}, which is not in classes.txt")
+                raise UserError(f"{where}: {image_id} has {name!r}, which is not in classes.txt")
             labels[self.classes.index(name)] = 1
         return labels
 
@@ -143,7 +143,7 @@ class Folder:
         if (self.root / "image_labels.txt").is_file() and image_id in self._labels:
             return {*self.image_labels(image_id)[1:].nonzero().flatten().add(1).tolist()}
 
-    def fingerprint(self):
+    def labels_hash(self):
         """A short hash of all image labels."""
         facts = sorted((image_id, sorted(names)) for image_id, names in self._labels.items())
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
@@ -169,7 +169,7 @@ class Images(Dataset):
         self.folder, self.ids, self.size = folder, ids, size
         for image_id in ids:  # one that is missing is named before any work
             if not folder.image_path(image_id).is_file():
-                raise DataError(f"{folder.image_path(image_id)} not found: add it, or take it out "
+                raise UserError(f"{folder.image_path(image_id)} not found: add it, or take it out "
                                 "of the split")
         self.resize = v2.Resize((size, size), v2.InterpolationMode.BICUBIC)  # PIL -> PIL
         self.as_tensor = v2.PILToTensor()
@@ -230,7 +230,7 @@ class MaskedImages(Images):
             v2.RandomHorizontalFlip(), v2.PILToTensor()])
         for image_id in ids:
             if not mask_in(masks, image_id).is_file():
-                raise DataError(f"{masks}/{image_id}.png not found: run make_pseudo.py first, on "
+                raise UserError(f"{masks}/{image_id}.png not found: run make_pseudo.py first, on "
                                 "this split and with a CRF, or pass --masks")
 
     def __getitem__(self, item):
@@ -266,9 +266,9 @@ def batches(num_images, batch_size, seed, start, stop, rank=0, world=1):
     seed and step alone: not on the number of workers or ranks, nor on where a run was interrupted.
     """
     if num_images < batch_size:
-        raise DataError(f"{num_images} images cannot fill --batch-size {batch_size}: lower it")
+        raise UserError(f"{num_images} images cannot fill --batch-size {batch_size}: lower it")
     if batch_size % world:
-        raise DataError(f"--batch-size {batch_size} is not a multiple of {world} ranks")
+        raise UserError(f"--batch-size {batch_size} is not a multiple of {world} ranks")
     steps_per_epoch = num_images // batch_size
     for step in range(start, stop):
         if step == start or step % steps_per_epoch == 0:

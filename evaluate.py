@@ -24,22 +24,22 @@ from datasets.beetles import part_recall
 from model import DeepLabv2, upsample
 from support.checkpoints import check_finite
 from support.crf import add_crf_flags, crf_settings, dense_crf
-from support.files import DataError, atomic, digest, git_commit, open_run, progress, write_lines
-from support.flags import stage_flags
+from support.files import UserError, atomic, file_hash, git_commit, open_run, progress, write_lines
+from support.flags import common_flags
 from support.inference import load_model, slide
 from support.masks import (IGNORE, claimed, decode, mask_in, read_image, read_mask, read_settings,
                            save_mask, unfinished)
 from support.pictures import PICTURE, draw_overlay, draw_stages
-from support.processes import in_workers, join_processes, launch
+from support.processes import map_in_workers, join_processes, launch
 from support.scores import boundary_iou, note_truth
 
-MAX_CLASSES = 21  # that the CRF is over, at most
+MAX_CRF_CLASSES = 21  # the CRF refines at most this many classes of an image
 EXPORT = "results/VOC2012/Segmentation/comp6_test_cls"  # where VOC's server looks for ID.png
 
 
 def parse_args(argv=None):
     """The flags of stage 4."""
-    flags = stage_flags(__doc__)
+    flags = common_flags(__doc__)
     add = flags.add
     add("--split", "val", "split to predict and score", toy="test")
     add("--masks", None, "score this folder of ID.png instead of predicting", type=Path)
@@ -106,7 +106,7 @@ def score_masks(folder, ids, directory, workers=0, notes=True):
     about = dict.fromkeys(("num_images", "classes_scored", "compared", "unnamed", "lacking"), 0)
     scored = [i for i in ids if folder.mask_path(i).is_file()]
     jobs = [(folder, i, directory) for i in scored]
-    for image_id, of_image in zip(scored, in_workers(confusion_of, jobs, workers)):
+    for image_id, of_image in zip(scored, map_in_workers(confusion_of, jobs, workers)):
         confusion += of_image
         named, occurs = folder.names(image_id), {*np.flatnonzero(of_image.sum(1)).tolist()} - {0}
         about["compared"] += named is not None
@@ -123,7 +123,7 @@ def results_of(folder, split, directory, workers):
     ids = folder.ids(split)
     confusion, truth = score_masks(folder, ids, directory, workers)
     if not truth["num_images"]:
-        raise DataError(f"no ground truth to score: {folder.root}/SegmentationClass has none of "
+        raise UserError(f"no ground truth to score: {folder.root}/SegmentationClass has none of "
                         f"the masks of {split}")
     iou, contours = iou_per_class(confusion), boundary_iou(folder, ids, directory, workers)
     contours[np.isnan(iou)] = np.nan  # both are over the classes that the truth holds
@@ -197,21 +197,21 @@ def upsampled_argmax(maps, height, width):
 def predict(logits, image, crf=None):
     """Logits (C, h, w) of an image (H, W, 3) uint8 -> mask (H, W) uint8; crf: crf_settings().
 
-    The CRF is over the classes that are best somewhere (at most the MAX_CLASSES with most pixels):
-    a class that is nowhere best hardly gains a pixel, but costs as much time and memory as another.
+    The CRF is over the classes that are best somewhere, at most the MAX_CRF_CLASSES with most
+    pixels: another class hardly gains a pixel, but costs as much time and memory.
     """
     logits, (H, W) = torch.as_tensor(logits), image.shape[:2]
     mask = upsampled_argmax(logits, H, W)
     if crf is not None:
         pixels = mask.flatten().bincount(minlength=len(logits))
-        most = pixels.sort(descending=True, stable=True).indices[:MAX_CLASSES]
+        most = pixels.sort(descending=True, stable=True).indices[:MAX_CRF_CLASSES]
         present = most[pixels[most] > 0].sort().values
         probs = upsample(logits[present], H, W).softmax(dim=0)
         mask = present[dense_crf(image, probs, **crf).argmax(0)].byte()
     return mask.cpu().numpy()
 
 
-def segmented(model, folder, ids, args, device, crf):
+def segment_images(model, folder, ids, args, device, crf):
     """Run the network over the images; yields the arguments of predict."""
     for _, image, _ in loader(Images(folder, ids), args, device, batch_size=None, collate_fn=tuple):
         logits = predict_logits(model, image, device, args.amp, args.window, args.stride)
@@ -223,14 +223,14 @@ def predict_split(args, model, checkpoint, device, crf):
     folder, pred = Folder(args.data, checkpoint), args.run / "pred"
     about = dict(checkpoint=str(args.run / "seg.pt"), masks=str(pred), crf=crf is not None,
                  image_labels_used=False, seed=checkpoint["args"]["seed"])
-    settings = about | dict(data=str(args.data.resolve()), seg=digest(args.run / "seg.pt"),
+    settings = about | dict(data=str(args.data.resolve()), seg=file_hash(args.run / "seg.pt"),
                             window=args.window, stride=args.stride,
                             constants=crf and crf | dict(backend=None))  # who computes is free
     ids, began, old = folder.ids(args.split), time.time(), read_settings(pred)
     fresh = bool(old) and old != settings  # else a killed run goes on where it stopped
     todo = ids if fresh else unfinished(ids, {pred: settings}, args.workers,
                                         "delete them, or choose another --run")
-    results = in_workers(predict, segmented(model, folder, todo, args, device, crf),
+    results = map_in_workers(predict, segment_images(model, folder, todo, args, device, crf),
                          0 if device.type == "cuda" else args.workers)
     results = progress(claimed(results, {pred: settings}, fresh), args.split, len(todo))
     for mask, image_id in zip(results, todo):
@@ -256,7 +256,7 @@ def segment_photo(args, segment, classes):
     """Write the mask of --image, and an overlay of both."""
     path = args.out.with_name(f"{args.out.stem}_overlay.png")
     if path.exists() and decode(path).info.get("Title") != PICTURE:
-        raise DataError(f"{path} is in the way, and not ours to replace: choose another --out")
+        raise UserError(f"{path} is in the way, and not ours to replace: choose another --out")
     image = np.array(read_image(args.image))
     mask = segment(image, bar=partial(progress, desc="windows"))
     save_mask(args.out, mask)
@@ -281,7 +281,7 @@ def main(args):
         return score_folder(args)
     device, _, world = join_processes(args.device)
     if world > 1:
-        raise DataError("evaluate.py is one process: call it without torchrun")
+        raise UserError("evaluate.py is one process: call it without torchrun")
     crf = crf_settings(args, device)
     model, checkpoint = load_model(args.run / "seg.pt", "seg")
     model = model.to(device)

@@ -18,17 +18,17 @@ from data import Folder, Images, as_input, loader
 from evaluate import miou, score_masks
 from model import upsample
 from support.crf import add_crf_flags, crf_settings, dense_crf
-from support.files import DataError, digest, log, open_run, progress
-from support.flags import number, stage_flags
+from support.files import UserError, file_hash, log, open_run, progress
+from support.flags import number, common_flags
 from support.inference import load_model, slide
 from support.masks import claimed, save_mask, unfinished
-from support.processes import in_workers, join_processes, launch
+from support.processes import map_in_workers, join_processes, launch
 from support.tokens import add_tokens_flag, keep_tokens, learning_blocks
 
 
 def parse_args(argv=None):
     """The flags of stage 2."""
-    flags = stage_flags(__doc__)
+    flags = common_flags(__doc__)
     add = flags.add
     add("--split", "trainaug", "split whose images get masks; train where DATA has no trainaug")
     add("--size", None, "the network sees SIZE x SIZE (default: cls.pt's training size times "
@@ -46,7 +46,7 @@ def parse_args(argv=None):
     return args
 
 
-def present_probs(patch_probs, image_labels, max_norm=True):
+def class_maps(patch_probs, image_labels, max_norm=True):
     """Y (h, w, C), labels (C,) -> class numbers (P,) and maps (P, h, w) of the P present classes.
 
     The training images' labels are known, so absent classes are zeroed: here, left out. Each map is
@@ -62,7 +62,7 @@ def present_probs(patch_probs, image_labels, max_norm=True):
 def pseudo_masks(image, present, maps, crf):
     """One image's masks, (H, W) uint8: the BPM and, with a CRF, the refined one.
 
-    image (H, W, 3) uint8, as it was decoded; present (P,) and maps (P, h, w) as present_probs
+    image (H, W, 3) uint8, as it was decoded; present (P,) and maps (P, h, w) as class_maps
     gives them, arrays or tensors: the work is done where the maps lie.
     """
     present, maps = torch.as_tensor(present).byte(), torch.as_tensor(maps)
@@ -75,7 +75,7 @@ def pseudo_masks(image, present, maps, crf):
 
 
 @torch.no_grad()
-def classified(model, dataset, args, device, crf):
+def classify_patches(model, dataset, args, device, crf):
     """Run the patch classifier over the images; yields the arguments of pseudo_masks."""
     patch = model.backbone.patch_embed.feat_ratio()
     for items in loader(dataset, args, device, batch_size=args.batch_size, collate_fn=list):
@@ -84,11 +84,11 @@ def classified(model, dataset, args, device, crf):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             patch_probs = slide(model, images, patch, args.window, args.stride)  # Eq. (1) to (7)
         if not patch_probs.isfinite().all():
-            raise DataError(f"{args.run}/cls.pt gives numbers that are not finite: train it again "
+            raise UserError(f"{args.run}/cls.pt gives numbers that are not finite: train it again "
                             "with a lower --lr")
         for image_id, image, Y in zip(image_ids, originals, patch_probs):
             image_labels = dataset.folder.image_labels(image_id).to(device)
-            present, maps = present_probs(Y, image_labels, args.max_norm)
+            present, maps = class_maps(Y, image_labels, args.max_norm)
             if device.type != "cuda":  # arrays travel well to worker processes
                 present, maps = present.cpu().numpy(), maps.cpu().numpy()
             yield image, present, maps, crf
@@ -100,37 +100,37 @@ def main(args):
     # --- model and data ---
     model, checkpoint = load_model(args.run / "cls.pt", "cls")
     open_run(args.run)
-    model, trained = model.to(device), checkpoint["args"]
+    model, train_args = model.to(device), checkpoint["args"]
     if args.size is None:
         patch = model.backbone.patch_embed.feat_ratio()
-        args.size = max(1, round(args.size_ratio * trained["size"] / patch)) * patch
+        args.size = max(1, round(args.size_ratio * train_args["size"] / patch)) * patch
     folder = Folder(args.data, checkpoint)
-    if rank == 0 and checkpoint["epoch"] < trained["epochs"]:
-        print(f"note: cls.pt is of epoch {checkpoint['epoch']} of {trained['epochs']}")
+    if rank == 0 and checkpoint["epoch"] < train_args["epochs"]:
+        print(f"note: cls.pt is of epoch {checkpoint['epoch']} of {train_args['epochs']}")
     ids = folder.ids(args.split)
     for image_id in ids:
         folder.image_labels(image_id)  # one that is missing is named now
 
     # --- what is there already ---
     crf = crf_settings(args, device)
-    made_with = dict(cls=digest(args.run / "cls.pt"), data=str(args.data.resolve()),
-                     labels=folder.fingerprint(), size=args.size, window=args.window,
+    made_with = dict(cls=file_hash(args.run / "cls.pt"), data=str(args.data.resolve()),
+                     labels=folder.labels_hash(), size=args.size, window=args.window,
                      stride=args.stride, max_norm=args.max_norm, image_labels_used=True,
-                     seed=trained["seed"])
+                     seed=train_args["seed"])
     outputs = {args.run / "bpm": made_with | dict(crf=False)}
     if crf:
         outputs[args.run / "pseudo"] = made_with | dict(crf=True) | crf | dict(backend=None)
-    mine = ids[rank::world]
-    todo = mine if args.overwrite else unfinished(mine, outputs, args.workers)
+    my_ids = ids[rank::world]
+    todo = my_ids if args.overwrite else unfinished(my_ids, outputs, args.workers)
 
     # --- masks: results come as the loop asks for them, in the order of todo ---
     began, workers = time.time(), 0 if device.type == "cuda" else args.workers
     dataset = Images(folder, todo, args.size)
     if args.tokens:
-        blocks = learning_blocks(argparse.Namespace(**trained))
+        blocks = learning_blocks(argparse.Namespace(**train_args))
         keep_tokens(dataset, model, blocks, args, device)
-    jobs = classified(model, dataset, args, device, crf)
-    results = claimed(in_workers(pseudo_masks, jobs, workers), outputs, args.overwrite)
+    jobs = classify_patches(model, dataset, args, device, crf)
+    results = claimed(map_in_workers(pseudo_masks, jobs, workers), outputs, args.overwrite)
     results = progress(results, f"masks of {args.split}", len(todo), disable=rank > 0)
     for masks, image_id in zip(results, todo):
         for out, mask in zip(outputs, masks):
@@ -140,7 +140,7 @@ def main(args):
 
     # --- score: the last two rows of Table 1 ---
     if rank == 0:
-        print(f"make_pseudo  {len(todo):,} of {len(mine):,} images" + " of rank 0" * (world > 1)
+        print(f"make_pseudo  {len(todo):,} of {len(my_ids):,} images" + " of rank 0" * (world > 1)
               + " were still to do, "
               f"{time.time() - began:.0f} s, CRF: {crf['backend'] if crf else 'none'}, masks in "
               f"{' and '.join(map(str, outputs))}", flush=True)

@@ -14,17 +14,18 @@ import torch
 from data import (AUGMENT, Folder, LabelledImages, as_input, loader, sub_seed, training_batches)
 from model import (CPFCTE, ClassifierConfig, border_and_centre, classification_loss,
                    pool_by_place, pool_patches)
-from support.checkpoints import check_loss, mean_loss, open_checkpoint, restore, save_checkpoint
+from support.checkpoints import (check_loss, finite_mean_loss, open_checkpoint, restore,
+                                 save_checkpoint)
 from support.files import logged
-from support.flags import stage_flags
-from support.processes import join_processes, launch, prepare
+from support.flags import common_flags
+from support.processes import join_processes, launch, wrap_for_training
 from support.scores import mean_average_precision, note_shared
 from support.tokens import add_tokens_flag, keep_tokens, learning_blocks
 
 
 def parse_args(argv=None):
     """The flags of stage 1."""
-    flags = stage_flags(__doc__, trains=True)
+    flags = common_flags(__doc__, trains=True)
     add = flags.add  # of voc; a preset that departs from it is named; photo follows voc_small
     add("--train-split", "trainaug", "split to train on; train where DATA has no trainaug")
     add("--val-split", "val", "split whose image labels score each epoch; none: no score")
@@ -137,8 +138,8 @@ def main(args):
     steps_per_epoch = len(ids) // args.batch_size
 
     # --- model ---
-    facts = dict(classes=folder.classes, ids=ids, labels=train.labels.argwhere().tolist())
-    path, checkpoint = open_checkpoint(args, "cls", args.epochs, **facts)
+    inputs = dict(classes=folder.classes, ids=ids, labels=train.labels.argwhere().tolist())
+    path, checkpoint = open_checkpoint(args, "cls", args.epochs, **inputs)
     torch.manual_seed(args.seed)
     config = ClassifierConfig(len(folder.classes), args.backbone, args.class_tokens, args.context,
                               args.dropout)
@@ -154,7 +155,7 @@ def main(args):
     for epoch in range(first_epoch, args.epochs):
         if epoch in (first_epoch, args.frozen_epochs):
             model.train_last(0 if epoch < args.frozen_epochs else args.train_blocks)
-            network = prepare(model.train(), args, world)
+            network = wrap_for_training(model.train(), args, world)
         first, began, total = epoch * steps_per_epoch, time.time(), torch.zeros((), device=device)
         torch.manual_seed(sub_seed(args.seed, epoch * world + rank))  # dropout
         for step, images, image_labels in training_batches(
@@ -174,10 +175,10 @@ def main(args):
             check_loss(total, step + 1, path)
 
         # --- save, score, log ---
-        loss = mean_loss(total, steps_per_epoch, world, model, f"in epoch {epoch + 1}", path)
+        loss = finite_mean_loss(total, steps_per_epoch, world, model, f"in epoch {epoch + 1}", path)
         speed = steps_per_epoch * args.batch_size / (time.time() - began)
         if rank == 0:
-            save_checkpoint(path, "cls", model, args, **facts, epoch=epoch + 1,
+            save_checkpoint(path, "cls", model, args, **inputs, epoch=epoch + 1,
                             optimizer=optimizer.state_dict())
             with logged(args.run, "train_cls", epoch=epoch + 1, of=args.epochs, loss=loss,
                         lr=optimizer.param_groups[0]["lr"], images_s=speed) as line:

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from data import Folder, Images, MaskedImages, training_batches
 from evaluate import confusion_matrix, miou, predict, predict_logits, score_masks
 from model import DeepLabv2, SegmenterConfig
-from support.checkpoints import check_loss, mean_loss, open_checkpoint, restore, save_checkpoint
+from support.checkpoints import (check_loss, finite_mean_loss, open_checkpoint, restore,
+                                 save_checkpoint)
 from support.files import logged, write_lines
-from support.flags import stage_flags
+from support.flags import common_flags
 from support.masks import IGNORE, read_mask, read_settings
-from support.processes import join_processes, launch, prepare
+from support.processes import join_processes, launch, wrap_for_training
 from support.scores import note_shared
 
 MOMENTUM, WEIGHT_DECAY, POLY_POWER = 0.9, 5e-4, 0.9
@@ -30,7 +31,7 @@ MOMENTUM, WEIGHT_DECAY, POLY_POWER = 0.9, 5e-4, 0.9
 
 def parse_args(argv=None):
     """The flags of stage 3."""
-    flags = stage_flags(__doc__, trains=True, bf16=("toy", "voc-small"))
+    flags = common_flags(__doc__, trains=True, bf16=("toy", "voc-small"))
     add = flags.add
     add("--train-split", "trainaug", "split to train on; train where DATA has no trainaug")
     add("--val-split", "val", "split that scores the network at every save; none: no score")
@@ -128,9 +129,9 @@ def main(args):
     val, masks_dir = open_val(args, folder, ids, rank), args.masks or args.run / "pseudo"
 
     # --- model ---
-    facts = dict(classes=folder.classes, ids=ids, labels=folder.fingerprint(),
+    inputs = dict(classes=folder.classes, ids=ids, labels=folder.labels_hash(),
                  masks=read_settings(masks_dir) | dict(data=None))  # which may move
-    path, checkpoint = open_checkpoint(args, "seg", args.iterations, **facts)
+    path, checkpoint = open_checkpoint(args, "seg", args.iterations, **inputs)
     torch.manual_seed(args.seed)
     config = SegmenterConfig(len(folder.classes), args.backbone, tuple(args.rates),
                              tuple(args.scales), args.output_stride)
@@ -142,7 +143,7 @@ def main(args):
                                 momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
     done = checkpoint["step"] if checkpoint else 0
     restore(path, checkpoint, model=model, optimizer=optimizer)
-    network = prepare(model, args, world)
+    network = wrap_for_training(model, args, world)
 
     # --- train: in rounds, each of which ends with a save ---
     fill = tuple((255 * model.normalise.mean).round().int().flatten().tolist())
@@ -164,11 +165,11 @@ def main(args):
             check_loss(total, step + 1, path)
 
         # --- save, score, log ---
-        loss = mean_loss(total, last - first, world, model, f"before iteration {last}", path)
+        loss = finite_mean_loss(total, last - first, world, model, f"before iteration {last}", path)
         speed = (last - first) * args.batch_size / (time.time() - began)
         if rank == 0:
             write_lines(args.run / "preset.txt", [args.preset])  # for evaluate.py --image
-            save_checkpoint(path, "seg", model, args, **facts, step=last,
+            save_checkpoint(path, "seg", model, args, **inputs, step=last,
                             optimizer=optimizer.state_dict())
             with logged(args.run, "train_seg", iteration=last, of=args.iterations, loss=loss,
                         lr=optimizer.param_groups[0]["lr"], images_s=speed) as line:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from datasets import write_folder
-from support.files import DataError, atomic, progress, read_text, write_lines
+from support.files import UserError, atomic, progress, read_text, write_lines
 from support.masks import IGNORE, mask_in, read_mask, save_mask
 
 TOY_SIZE = 96  # pixels a side
@@ -95,7 +95,7 @@ def make_toy(root, num, cooccur=None):
     note, label_lines = root / "cooccur.txt", []
     made = read_text(note).strip() if note.is_file() else "None"
     if (root / "JPEGImages").is_dir() and made != str(cooccur):
-        raise DataError(f"{root} holds beetles of another --cooccur: choose another --root")
+        raise UserError(f"{root} holds beetles of another --cooccur: choose another --root")
     write_lines(note, [cooccur])
     for split, (name, count) in enumerate(zip(("train", "val", "test"), num)):
         ids = [f"{name}_{index:05d}" for index in range(count)]

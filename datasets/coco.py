@@ -6,7 +6,7 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from datasets import write_folder
-from support.files import DataError, atomic, progress, write_lines
+from support.files import UserError, atomic, progress, write_lines
 from support.masks import IGNORE, save_mask
 
 COCO_COUNTS = {"train": (82783, 82081), "val": (40504, 40137)}  # images, and those with an object
@@ -27,21 +27,21 @@ def download_coco(root):
         try:
             download_and_extract_archive(url, root, md5=md5, remove_finished=True)
         except (OSError, RuntimeError) as error:
-            raise DataError(f"the download failed ({error}): unpack {url} in {root} by hand")
+            raise UserError(f"the download failed ({error}): unpack {url} in {root} by hand")
         done.touch()
 
 
 def read_coco(path):
     """pycocotools' index of an instances file."""
     if not path.is_file():
-        raise DataError(f"{path} not found: unpack annotations_trainval2014.zip, or --download")
+        raise UserError(f"{path} not found: unpack annotations_trainval2014.zip, or --download")
     try:
         coco = COCO(path)
         for thing in coco.anns.values():
             coco.imgs[thing["image_id"]], coco.cats[thing["category_id"]]["supercategory"]
             thing["segmentation"], thing["area"], thing["iscrowd"]
     except (AssertionError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no COCO instances file ({type(error).__name__}: {error})")
+        raise UserError(f"{path} is no COCO instances file ({type(error).__name__}: {error})")
     return coco
 
 
@@ -60,7 +60,7 @@ def coco_mask(coco, image_id, numbers):
                 continue
         drawn = coco.annToMask(thing | {"segmentation": shape})
         if drawn.shape != mask.shape:
-            raise DataError(f"image {image_id} is {mask.shape}, the size of its RLE {drawn.shape}")
+            raise UserError(f"image {image_id} is {mask.shape}, the size of its RLE {drawn.shape}")
         mask[drawn > 0] = IGNORE if thing["iscrowd"] else numbers[thing["category_id"]]
     return mask
 
@@ -68,7 +68,7 @@ def coco_mask(coco, image_id, numbers):
 def link_image(source, link):
     """Make link a relative symbolic link to source, which must exist."""
     if not source.is_file():
-        raise DataError(f"{source} not found: unpack {source.parent.name}.zip again")
+        raise UserError(f"{source} not found: unpack {source.parent.name}.zip again")
     with atomic(link) as temporary:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(os.path.relpath(source.resolve(), link.parent.resolve()))
@@ -88,7 +88,7 @@ def make_coco(root, train_masks=False, download=False, counts=COCO_COUNTS):
         with_object = sorted({thing["image_id"] for thing in coco.anns.values()})
         found = len(coco.imgs), len(with_object)
         if found != counts[split]:
-            raise DataError(f"{path} has %d images, %d with an object; expected %d and %d: is it "
+            raise UserError(f"{path} has %d images, %d with an object; expected %d and %d: is it "
                             "COCO 2014's? Other data: python data.py labels --root %s"
                             % (*found, *counts[split], root))
         names = {i: coco.cats[i]["name"].replace(" ", "_") for i in sorted(coco.cats)}

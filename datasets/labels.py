@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from data import ENDINGS, Folder, check_classes, without_ending
-from support.files import DataError, progress, read_text, write_lines
+from support.files import UserError, progress, read_text, write_lines
 from support.masks import IGNORE, read_mask
 from datasets.voc import object_names
 
@@ -35,7 +35,7 @@ def from_xml(root, ids):
     for image_id in progress([i for i in ids if i in paths], desc="labels"):
         labels[image_id] = {one_word(name) for name in object_names(paths[image_id])}
         if "" in labels[image_id]:
-            raise DataError(f"{paths[image_id]} has an object without a name: mend or delete it")
+            raise UserError(f"{paths[image_id]} has an object without a name: mend or delete it")
     return labels, sorted(set().union(*labels.values()) - {"background"})
 
 
@@ -54,7 +54,7 @@ def from_json(root, ids):
             for name in images.values():
                 image_id = PurePosixPath(name).stem
                 if image_id in known and file_of.setdefault(image_id, name) != name:
-                    raise DataError(f"{path} names {name} and {file_of[image_id]}: two images "
+                    raise UserError(f"{path} names {name} and {file_of[image_id]}: two images "
                                     "cannot share a name in JPEGImages/")
                 if image_id in known:
                     labels.setdefault(image_id, set())
@@ -63,7 +63,7 @@ def from_json(root, ids):
                 if image_id in known:
                     labels[image_id].add(names[thing["category_id"]])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is no file of COCO instances ({type(error).__name__}: {error})"
+            raise UserError(f"{path} is no file of COCO instances ({type(error).__name__}: {error})"
                             ": mend it, or move it away")
         classes |= dict.fromkeys(names[number] for number in sorted(names))
     return labels, [name for name in classes if name != "background"]
@@ -81,10 +81,10 @@ def image_ids(root):
     ids = sorted({without_ending(path.name) for path in (root / "JPEGImages").glob("*")
                   if path.name.endswith(ENDINGS)})
     if not ids:
-        raise DataError(f"{root}/JPEGImages has no .jpg, .jpeg or .png: put the images there")
+        raise UserError(f"{root}/JPEGImages has no .jpg, .jpeg or .png: put the images there")
     spaced = [image_id for image_id in ids if len(image_id.split()) > 1]
     if spaced:
-        raise DataError(f"{root}/JPEGImages: {spaced[0]!r} has a blank, as have "
+        raise UserError(f"{root}/JPEGImages: {spaced[0]!r} has a blank, as have "
                         f"{len(spaced) - 1} more: rename them")
     return ids
 
@@ -93,30 +93,30 @@ def make_labels(root):
     """Write ROOT/image_labels.txt, and classes.txt where annotations bring the names."""
     out, listed = root / "image_labels.txt", root / "classes.txt"
     if out.exists():
-        raise DataError(f"{out} is there already: move it away to have it made anew")
+        raise UserError(f"{out} is there already: move it away to have it made anew")
     ids = image_ids(root)
     source = next((name for name in SOURCES if files_of(root, name)), None)
     if source is None:
-        raise DataError(f"{root} has no Annotations/*.xml, annotations/*.json or "
+        raise UserError(f"{root} has no Annotations/*.xml, annotations/*.json or "
                         "SegmentationClass/*.png: image labels come from one of them")
     named, names = {}, []
     if source != "SegmentationClass":
         named, names = {"Annotations": from_xml, "annotations": from_json}[source](root, ids)
     elif not listed.exists():
-        raise DataError(f"{listed} not found: masks are numbers; write one name a line, background "
+        raise UserError(f"{listed} not found: masks are numbers; write one name a line, background "
                         "first, in the order of the numbers")
     classes = Folder(root).classes if listed.exists() else ["background", *names]
     check_classes(classes, f"{root}/{source}")
     strange = sorted({*names} - {*classes})
     if strange:
-        raise DataError(f"{listed} does not have {', '.join(strange[:5])}, which {source}/ names: "
+        raise UserError(f"{listed} does not have {', '.join(strange[:5])}, which {source}/ names: "
                         "add it, or delete classes.txt to have it written")
     masks = from_masks(root, ids, classes)
     if source == "SegmentationClass":
         named = {image_id: {classes[k] for k in numbers} for image_id, numbers in masks.items()}
     named = {image_id: of - {"background"} for image_id, of in named.items()}
     if not any(named.values()):
-        raise DataError(f"{root}/{source} names no object on any image of {root}/JPEGImages: are "
+        raise UserError(f"{root}/{source} names no object on any image of {root}/JPEGImages: are "
                         "the files' names the same, and is it laid out as VOC's or COCO's are?")
     if not listed.exists():
         write_lines(listed, classes)

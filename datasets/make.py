@@ -4,7 +4,7 @@ from importlib import import_module
 from pathlib import Path
 
 import data
-from support.files import DataError
+from support.files import UserError
 from support.flags import number
 
 
@@ -34,7 +34,7 @@ def main(args):
     try:
         make = getattr(import_module(f"datasets.{maker}"), make)
     except ModuleNotFoundError as error:
-        raise DataError(f"{error.name} is not installed: pip install -r datasets/requirements.txt")
+        raise UserError(f"{error.name} is not installed: pip install -r datasets/requirements.txt")
     make(args.root, *options)
     folder = data.Folder(args.root)
     splits = sorted((args.root / "ImageSets/Segmentation").glob("*.txt"))

@@ -3,7 +3,7 @@ import xml.etree.ElementTree as ElementTree
 
 from data import line_id, without_ending
 from datasets import write_folder
-from support.files import DataError, first_file, progress, read_text, write_lines
+from support.files import UserError, first_file, progress, read_text, write_lines
 
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
                "dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()
@@ -27,7 +27,7 @@ def download_voc(root, sbd):
             download_and_extract_archive(SBDataset.url, sbd, filename=SBDataset.filename,
                                          md5=SBDataset.md5)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"the download failed ({error}): unpack VOCtrainval_11-May-2012.tar so "
+        raise UserError(f"the download failed ({error}): unpack VOCtrainval_11-May-2012.tar so "
                         f"that {root}/Annotations exists, and SBD's benchmark.tgz in {sbd}")
 
 
@@ -36,7 +36,7 @@ def object_names(path):
     try:
         objects = ElementTree.parse(path).getroot().findall(".//{*}object")
     except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
-        raise DataError(f"{path} cannot be read ({error}): save it as UTF-8, or delete it")
+        raise UserError(f"{path} cannot be read ({error}): save it as UTF-8, or delete it")
     return {thing.findtext("{*}name") for thing in objects}
 
 
@@ -45,14 +45,14 @@ def voc_label_line(root, image_id):
     path = root / "Annotations" / f"{image_id}.xml"
     names = object_names(path)
     if not names or names - set(VOC_CLASSES):
-        raise DataError(f"{path} names {names - set(VOC_CLASSES) or 'no object'}: not VOC's")
+        raise UserError(f"{path} names {names - set(VOC_CLASSES) or 'no object'}: not VOC's")
     return " ".join([image_id, *sorted(names, key=VOC_CLASSES.index)])
 
 
 def read_ids(path):
     """The ids of a split list that an archive brings."""
     if not path.is_file():
-        raise DataError(f"{path} not found: unpack VOC (and SBD) there, or pass --download")
+        raise UserError(f"{path} not found: unpack VOC (and SBD) there, or pass --download")
     lines = enumerate(read_text(path).splitlines(), 1)
     return [without_ending(line_id(line, f"{path}, line {k}")) for k, line in lines if line.strip()]
 
@@ -73,7 +73,7 @@ def make_voc(root, sbd=None, download=False, counts=VOC_COUNTS):
         splits["trainaug"] = sorted({*splits["train"], *extra} - {*splits["val"]})
     for name, ids in splits.items():
         if len(ids) != counts[name]:
-            raise DataError(f"{name} has {len(ids)} images, expected {counts[name]}: are {root} "
+            raise UserError(f"{name} has {len(ids)} images, expected {counts[name]}: are {root} "
                             f"and {home} complete? Other data: python data.py labels --root {root}")
     every_id = sorted(set().union(*splits.values()))
     label_lines = [voc_label_line(root, i) for i in progress(every_id, desc="labels")]

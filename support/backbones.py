@@ -19,7 +19,7 @@ from torch import nn
 
 from data import seeded
 from support.checkpoints import MADE_BY, load_checkpoint
-from support.files import DataError, lack
+from support.files import UserError, lack
 
 
 def ask_hub(name):
@@ -98,7 +98,7 @@ def looks_like(path):
         try:
             load_checkpoint(path, kind)
             return f"it is a checkpoint of {script}: --run takes its folder, --weights timm's file"
-        except DataError:
+        except UserError:
             pass
     return ""
 
@@ -106,10 +106,10 @@ def looks_like(path):
 def create_backbone(name, kind, pretrained, weights=None, **kwargs):
     """A timm model: with the hub's ImageNet weights, with those of a file, or with random ones."""
     if not timm.is_model(name.split(".")[0]):
-        raise DataError(f"timm has no model {name!r}: see timm.list_models('*{name[:5]}*')")
+        raise UserError(f"timm has no model {name!r}: see timm.list_models('*{name[:5]}*')")
     if weights is not None and not os.path.isfile(weights):
         what = "is a folder" if os.path.isdir(weights) else "not found"
-        raise DataError(f"{weights} {what}: --weights takes a local copy of the timm weights")
+        raise UserError(f"{weights} {what}: --weights takes a local copy of the timm weights")
     overlay = {"pretrained_cfg_overlay": dict(file=str(weights))} if weights else {}
     if pretrained and not weights:
         ask_hub(name)
@@ -124,7 +124,7 @@ def create_backbone(name, kind, pretrained, weights=None, **kwargs):
             raise NotImplementedError
         return model
     except (TypeError, NotImplementedError, AssertionError):  # it does not take these arguments
-        raise DataError(f"--backbone {name} does not fit this stage, which needs a {kind}")
+        raise UserError(f"--backbone {name} does not fit this stage, which needs a {kind}")
     except Exception as error:  # hub, network, file format: many types, one consequence
         if lack(error) or not (pretrained or weights):
             raise
@@ -138,10 +138,10 @@ def create_backbone(name, kind, pretrained, weights=None, **kwargs):
         if weights:
             known = looks_like(Path(weights))
             file = timm.get_pretrained_cfg(name).hf_hub_id or name
-            raise DataError(f"no weights for {name} from {weights}"
+            raise UserError(f"no weights for {name} from {weights}"
                             + (f": {known}" if known else
                                f" ({reason}): --weights takes the file of {file}"))
-        raise DataError(f"no weights for {name} from the hub ({reason}): pass --weights FILE with "
+        raise UserError(f"no weights for {name} from the hub ({reason}): pass --weights FILE with "
                         "a local copy, or --no-pretrained for random ones")
 
 
@@ -174,7 +174,7 @@ def patch_grid(vit, height, width):
     """(h, w) of the patches of an image of that many pixels."""
     patch = vit.patch_embed.feat_ratio(False)
     if height % patch[0] or width % patch[1]:
-        raise DataError(f"--size {height} is no multiple of the {patch[0]} pixels of a patch")
+        raise UserError(f"--size {height} is no multiple of the {patch[0]} pixels of a patch")
     return height // patch[0], width // patch[1]
 
 

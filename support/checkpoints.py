@@ -6,37 +6,37 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from support.files import DataError, atomic, lack, open_run
+from support.files import UserError, atomic, lack, open_run
 
 MADE_BY = {"cls": "train_cls.py", "seg": "train_seg.py", "cpews": "extras/cpews.py"}
 NEEDED = {"cls": "config model optimizer classes ids labels --seed epoch --epochs --size".split(),
           "seg": "config model optimizer classes ids labels --seed step".split(),
           "cpews": "config model optimizer classes ids labels pools --seed step".split()}
-FREE = ("data run preset device workers amp compile weights pretrained tokens resume "
-        "overwrite").split()
+MAY_CHANGE_ON_RESUME = ("data run preset device workers amp compile weights pretrained tokens "
+                        "resume overwrite").split()
 
 
 def load_checkpoint(path, kind):
     """The dictionary that save_checkpoint wrote, on the CPU; kind is one of MADE_BY."""
     again = f"run {MADE_BY[kind]}"
     if not path.is_file():
-        raise DataError(f"{path} not found: {again} first")
+        raise UserError(f"{path} not found: {again} first")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found, flags = checkpoint["kind"], {f"--{name}" for name in dict(checkpoint["args"])}
     except Exception as error:  # zip, pickle and torch each have their own
         if lack(error):
             raise
-        raise DataError(f"{path} is not a readable checkpoint ({type(error).__name__}): {again}")
+        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}): {again}")
     missing = {*NEEDED[kind]} - {*checkpoint} - flags
     if found != kind or missing:
         fault = f"no {kind} checkpoint but {found}" if found != kind else f"without {missing}"
-        raise DataError(f"{path} is {fault}: {again}")
+        raise UserError(f"{path} is {fault}: {again}")
     return checkpoint
 
 
-def open_checkpoint(args, kind, end, **facts):
-    """(path, checkpoint): RUN's, where --resume asks for it and flags and facts fit; or None.
+def open_checkpoint(args, kind, end, **inputs):
+    """(path, checkpoint): RUN's, where --resume asks for it and flags and inputs fit; or None.
 
     end is the epoch or step at which it is finished.
     """
@@ -45,16 +45,17 @@ def open_checkpoint(args, kind, end, **facts):
     if not path.exists() or args.overwrite:
         return path, None
     if not args.resume:
-        raise DataError(f"{path} exists: --resume goes on, --overwrite starts anew")
+        raise UserError(f"{path} exists: --resume goes on, --overwrite starts anew")
     checkpoint = load_checkpoint(path, kind)
-    for name, value in facts.items():
+    for name, value in inputs.items():
         if checkpoint.get(name) != value:
-            raise DataError(f"{path} was made with other {name}: {way_out}")
+            raise UserError(f"{path} was made with other {name}: {way_out}")
     for name, old in checkpoint["args"].items():
         now = getattr(args, name, None)
-        if name not in FREE and old not in (now, str(now)):  # paths are kept as text
+        same = old in (now, str(now))  # paths are kept as text
+        if not same and name not in MAY_CHANGE_ON_RESUME:
             flag = name.replace("_", "-")
-            raise DataError(f"{path} was made with --{flag} {old}, now it is {now}: {way_out}")
+            raise UserError(f"{path} was made with --{flag} {old}, now it is {now}: {way_out}")
     done = checkpoint["epoch" if kind == "cls" else "step"]
     print(f"{path} is finished: nothing to do" if done >= end else
           f"going on from {path} ({done} of {end})", flush=True)
@@ -67,7 +68,7 @@ def restore(path, checkpoint, **parts):
         for name, part in parts.items() if checkpoint else ():
             part.load_state_dict(checkpoint[name])
     except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} does not fit ({str(error).splitlines()[0][:80]}): train anew")
+        raise UserError(f"{path} does not fit ({str(error).splitlines()[0][:80]}): train anew")
 
 
 def save_checkpoint(path, kind, model, args, **content):
@@ -85,20 +86,20 @@ LOOK = 50  # steps between two looks at the loss, each of which waits for the GP
 def check_finite(logits, model):
     """End where a network gives numbers that are not finite."""
     if not logits.isfinite().all():
-        raise DataError(f"{type(model).__name__} gives numbers that are not finite: lower --lr")
+        raise UserError(f"{type(model).__name__} gives numbers that are not finite: lower --lr")
 
 
 def check_loss(total, step, path):
     """End, at every LOOK-th step, where a sum of losses is not finite."""
     if step % LOOK == 0 and not math.isfinite(total.item()):
-        raise DataError(f"loss not finite by step {step}: lower --lr; {path} stays")
+        raise UserError(f"loss not finite by step {step}: lower --lr; {path} stays")
 
 
-def mean_loss(total, steps, world, model, where, path):
+def finite_mean_loss(total, steps, world, model, where, path):
     """The mean over steps and ranks of the losses summed in total; ends where it is not finite."""
     if world > 1:
         dist.all_reduce(total)
     loss = total.item() / steps / world
     if not math.isfinite(loss) or not all(w.isfinite().all() for w in model.state_dict().values()):
-        raise DataError(f"loss {loss:.3g} or weights not finite {where}: lower --lr; {path} stays")
+        raise UserError(f"loss {loss:.3g} or weights not finite {where}: lower --lr; {path} stays")
     return loss

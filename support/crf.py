@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from support.files import DataError
+from support.files import UserError
 
 try:
     import pydensecrf.densecrf as densecrf
@@ -20,7 +20,7 @@ except ImportError:  # it has no binary wheels and needs a C++ compiler
     densecrf = None
 
 PROB_FLOOR = 1e-5  # the unary energy is -log(p): keeps it finite
-PIECE = {"cuda": 128}  # most terms of a sum that one thread adds up, on devices of many threads
+MAX_TERMS = {"cuda": 128}  # most terms of a sum that one thread adds up, on devices of many threads
 
 
 def add_crf_flags(add, default, sxy=67.0, srgb=3.0):
@@ -39,7 +39,7 @@ def add_crf_flags(add, default, sxy=67.0, srgb=3.0):
 def crf_backend(name, device):
     """The backend that `--crf name` means on a device: "torch" or "pydensecrf"."""
     if name == "pydensecrf" and densecrf is None:
-        raise DataError("pydensecrf is not installed: --crf torch gives the same labels")
+        raise UserError("pydensecrf is not installed: --crf torch gives the same labels")
     if name == "auto":
         return "pydensecrf" if device.type != "cuda" and densecrf else "torch"
     return name
@@ -137,7 +137,7 @@ class GaussianFilter:
         extent = (corner.amax(1, keepdim=True) + 2 * (d + 1) - low).flatten().tolist()
         strides = [math.prod(extent[:i]) for i in range(d + 1)]
         if strides.pop() >= 2 ** 63:
-            raise DataError("--crf-sxy or --crf-srgb is too small: its lattice is too fine")
+            raise UserError("--crf-sxy or --crf-srgb is too small: its lattice is too fine")
         digits = torch.tensor(strides, device=device)[:, None]
         corner_0 = ((corner - low) * digits).sum(0)
         keys = torch.stack([corner_0 + k * sum(strides)
@@ -149,8 +149,8 @@ class GaussianFilter:
         self.pixels, self.splat_weights = (order % N).int(), weights.flatten()[order]
         ends = F.pad(counts.cumsum(0), (1, 0)).int()  # one row more, of no pixel: of zeros
         self.pieces, self.rows = ends, None
-        if device.type in PIECE:  # thousands of pixels share a vertex where the image is even
-            cuts = torch.arange(0, len(order), PIECE[device.type], device=device)
+        if device.type in MAX_TERMS:  # thousands of pixels share a vertex where the image is even
+            cuts = torch.arange(0, len(order), MAX_TERMS[device.type], device=device)
             self.pieces = torch.cat([ends, cuts.int()]).unique()
             self.rows = torch.searchsorted(self.pieces, ends, out_int32=True)
         self.corners = torch.empty_like(vertex_of, dtype=torch.int32)

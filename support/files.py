@@ -19,13 +19,13 @@ except ImportError:  # Windows: there nothing keeps two runs from one file
     fcntl = None
 
 
-class DataError(Exception):
+class UserError(Exception):
     """A user's mistake, told in one line that names the file and the way out."""
 
     def __init__(self, message):
         # a DataLoader worker hands over its whole traceback as the message: the last line is ours
         last = str(message).strip().splitlines()[-1]
-        super().__init__(last.removeprefix(f"{__name__}.DataError: "))
+        super().__init__(last.removeprefix(f"{__name__}.UserError: "))
 
 
 NO_MEMORY = ("out of memory|MemoryError|can't allocate|not enough memory|annot allocate memory|"
@@ -62,7 +62,7 @@ def atomic(path):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's own file writer raises RuntimeError
         reason = f"{error}".splitlines()[0][:100]
-        raise DataError(f"{path} cannot be written (is the disk full?): {reason}")
+        raise UserError(f"{path} cannot be written (is the disk full?): {reason}")
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -78,7 +78,7 @@ def read_text(path):
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise DataError(f"{path} is no UTF-8 text: save it as UTF-8")
+        raise UserError(f"{path} is no UTF-8 text: save it as UTF-8")
 
 
 def git_commit():
@@ -88,7 +88,7 @@ def git_commit():
         words, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
 
 
-def digest(path):
+def file_hash(path):
     """A short fingerprint of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -122,7 +122,7 @@ def open_run(run):
     Says now, not after an epoch, that it cannot be written. The lock of a killed process is gone.
     """
     if run.exists() and not (run.is_dir() and os.access(run, os.W_OK)):
-        raise DataError(f"--run {run} is no folder that can be written to: choose another")
+        raise UserError(f"--run {run} is no folder that can be written to: choose another")
     run.mkdir(parents=True, exist_ok=True)
     path = run.resolve() / ".lock"
     if path in HELD or (dist.is_initialized() and dist.get_rank()):
@@ -131,7 +131,7 @@ def open_run(run):
     if not flock(file):
         file.seek(0)
         owner = file.read().strip() or "another process"
-        raise DataError(f"--run {run} is in use by {owner}: wait for it, or choose another --run")
+        raise UserError(f"--run {run} is in use by {owner}: wait for it, or choose another --run")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

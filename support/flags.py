@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from support.files import DataError, read_text
+from support.files import UserError, read_text
 
 PRESETS = ("voc", "coco", "toy", "voc-small", "photo")
-LIKE = {"photo": "voc-small"}  # has its values where a flag names none of its own
+INHERITS = {"photo": "voc-small"}  # has its values where a flag names none of its own
 
 
 def number(kind, low, high):
@@ -38,7 +38,8 @@ class Flags:
         """
         values = {}
         for name in PRESETS:
-            values[name] = options.pop(name.replace("-", "_"), values.get(LIKE.get(name), default))
+            inherited = values.get(INHERITS.get(name), default)
+            values[name] = options.pop(name.replace("-", "_"), inherited)
         sample = default[0] if isinstance(default, list) else default
         if isinstance(sample, bool):
             options["action"] = argparse.BooleanOptionalAction
@@ -60,7 +61,7 @@ class Flags:
         note = next((note for note in notes if note.is_file()), None)
         try:
             preset = given.get("preset") or (read_text(note).strip() if note else "voc")
-        except DataError as error:
+        except UserError as error:
             self.error(error)
         if preset not in PRESETS:
             self.error(f"{note}: unknown preset {preset!r}: choose from {', '.join(PRESETS)}")
@@ -73,7 +74,7 @@ class Flags:
         return argparse.Namespace(**chosen | given | dict(preset=preset))
 
 
-def stage_flags(doc, trains=False, bf16=("voc-small",)):
+def common_flags(doc, trains=False, bf16=("voc-small",)):
     """The flags that all four stages share, and those of the two which train.
 
     bf16: presets that a CPU which computes in bfloat16 runs in it.

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig
 from support.checkpoints import load_checkpoint, restore
-from support.files import DataError
+from support.files import UserError
 
 
 def load_model(path, kind, config=None, model=None):
@@ -17,7 +17,7 @@ def load_model(path, kind, config=None, model=None):
     try:
         network = model(config(**checkpoint["config"]))
     except TypeError as error:
-        raise DataError(f"{path} is of another version ({error}): train anew")
+        raise UserError(f"{path} is of another version ({error}): train anew")
     restore(path, checkpoint, model=network)
     return network.eval(), checkpoint
 
@@ -34,7 +34,7 @@ def slide(network, images, cell, window=None, stride=None, bar=iter):
         return network(images)
     stride = stride or max(cell, window // 2 // cell * cell)
     if window % cell or stride % cell or stride > window:
-        raise DataError(f"--window {window} and --stride {stride}: take multiples of {cell} "
+        raise UserError(f"--window {window} and --stride {stride}: take multiples of {cell} "
                         "pixels, and a stride of at most the window")
     tops, lefts = ([*range(0, last, stride), last] for last in (
         max(0, math.ceil((side - window) / cell)) * cell for side in (H, W)))

@@ -8,8 +8,8 @@ import numpy as np
 import torch.distributed as dist
 from PIL import Image, ImageOps
 
-from support.files import DataError, atomic, first_file, lack, read_text, write_lines
-from support.processes import in_workers
+from support.files import UserError, atomic, first_file, lack, read_text, write_lines
+from support.processes import map_in_workers
 
 IGNORE = 255  # the mask value that is never trained on and never scored
 
@@ -22,7 +22,7 @@ def mask_in(directory, image_id):
 def decode(path):
     """A PIL image as the file has it; one that cannot be read is named."""
     if not Path(path).is_file():
-        raise DataError(f"{path} {'is a folder' if Path(path).is_dir() else 'not found'}")
+        raise UserError(f"{path} {'is a folder' if Path(path).is_dir() else 'not found'}")
     try:
         with Image.open(path) as image:
             image.load()
@@ -31,7 +31,7 @@ def decode(path):
         if lack(error):
             raise
         reason = " ".join(f"{type(error).__name__} {error}".split())[:90]
-        raise DataError(f"{path} cannot be read ({reason}): mend it, or take it out of the split")
+        raise UserError(f"{path} cannot be read ({reason}): mend it, or take it out of the split")
 
 
 def read_image(path):
@@ -42,7 +42,7 @@ def read_image(path):
     except Exception:  # damaged EXIF: the pixels are all right
         pass
     if image.mode == "F":
-        raise DataError(f"{path} holds floating-point numbers: save it with 8 bits a channel")
+        raise UserError(f"{path} holds floating-point numbers: save it with 8 bits a channel")
     if image.mode.startswith("I"):  # 16 bits
         image = Image.fromarray((np.array(image).clip(0, 65535) / 257).round().astype(np.uint8))
     return image.convert("RGB")
@@ -52,14 +52,14 @@ def read_mask(path, num_classes, size=None):
     """(H, W) uint8 from a palette or grey PNG; size: the (width, height) that it must have."""
     image = decode(path)
     if image.mode not in ("P", "L"):
-        raise DataError(f"{path} is a {image.mode} image: a mask is a palette or grey PNG")
+        raise UserError(f"{path} is a {image.mode} image: a mask is a palette or grey PNG")
     if size is not None and image.size != tuple(size):
         turned = ": is the photo turned by its EXIF orientation?" * (image.size == size[::-1])
-        raise DataError(f"{path} is %dx%d, its image %dx%d{turned}" % (*image.size, *size))
+        raise UserError(f"{path} is %dx%d, its image %dx%d{turned}" % (*image.size, *size))
     mask = np.array(image)
     unknown = set(np.unique(mask).tolist()) - {*range(num_classes), IGNORE}
     if unknown:
-        raise DataError(f"{path} has the value {min(unknown)}: allowed are 0 to {num_classes - 1} "
+        raise UserError(f"{path} has the value {min(unknown)}: allowed are 0 to {num_classes - 1} "
                         f"(the lines of classes.txt) and {IGNORE} (ignore)")
     return mask
 
@@ -89,7 +89,7 @@ def read_settings(folder):
     try:
         return dict(json.loads(read_text(note))) if note.is_file() else {}
     except (ValueError, TypeError):
-        raise DataError(f"{note} is damaged: delete it and the masks beside it")
+        raise UserError(f"{note} is damaged: delete it and the masks beside it")
 
 
 def same_settings(old, new):
@@ -102,7 +102,7 @@ def is_whole(*paths):
     """Whether each of an image's masks is there and can be read."""
     try:
         return all(decode(path) for path in paths)
-    except DataError:
+    except UserError:
         return False
 
 
@@ -114,10 +114,10 @@ def unfinished(ids, outputs, workers=0,
     """
     for folder, settings in outputs.items():
         if any(folder.glob("*.png")) and not same_settings(read_settings(folder), settings):
-            raise DataError(f"{folder} holds masks of other data, labels, weights or flags, or has "
+            raise UserError(f"{folder} holds masks of other data, labels, weights or flags, or has "
                             f"no settings.json: {way_out}")
     paths = ([folder / f"{image_id}.png" for folder in outputs] for image_id in ids)
-    return [i for i, whole in zip(ids, in_workers(is_whole, paths, workers)) if not whole]
+    return [i for i, whole in zip(ids, map_in_workers(is_whole, paths, workers)) if not whole]
 
 
 def claimed(results, outputs, overwrite):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from support.files import DataError, lack
+from support.files import UserError, lack
 
 
 def launch(main, args):
@@ -22,7 +22,7 @@ def launch(main, args):
         stream.reconfigure(errors="backslashreplace")
     try:
         main(args)
-    except DataError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     except (OSError, RuntimeError, MemoryError) as error:
         told = lack(error, args)
@@ -54,7 +54,7 @@ def place():
     except ValueError:
         pass
     told = " ".join(f"{name}={value}" for name, value in found.items())
-    raise DataError(f"the environment has {told}, which is not what torchrun sets "
+    raise UserError(f"the environment has {told}, which is not what torchrun sets "
                     f"({', '.join(TORCHRUN)}): unset it, or start with torchrun")
 
 
@@ -66,11 +66,11 @@ def join_processes(name="auto"):
     rank, world, local_rank = place()
     torch.set_flush_denormal(True)  # a CPU is several times slower on denormal numbers
     if name == "mps" and not torch.backends.mps.is_available():
-        raise DataError("--device mps: this machine or this torch has no Apple GPU")
+        raise UserError("--device mps: this machine or this torch has no Apple GPU")
     device = torch.device("mps" if name == "mps" else "cpu")
     if name == "auto" and torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise DataError(f"--nproc-per-node is more than the {torch.cuda.device_count()} GPUs")
+            raise UserError(f"--nproc-per-node is more than the {torch.cuda.device_count()} GPUs")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world > 1:  # the long timeout: ranks wait while others finish their CRFs or rank 0 scores
@@ -81,7 +81,7 @@ def join_processes(name="auto"):
     return device, rank, world
 
 
-def prepare(model, args, world):
+def wrap_for_training(model, args, world):
     """The network that trains: model, over several ranks if there are, compiled if asked for."""
     network = DistributedDataParallel(model) if world > 1 else model
     if not args.compile:
@@ -89,7 +89,7 @@ def prepare(model, args, world):
     words = "CC gcc clang" if torch.cuda.is_available() else "CXX g++ clang++"
     variable, *names = words.split()
     if not any(map(shutil.which, [*names, os.environ.get(variable, names[0])])):
-        raise DataError(f"--compile needs {' or '.join(names)}: install one, or leave the flag out")
+        raise UserError(f"--compile needs {' or '.join(names)}: install one, or leave the flag out")
     return torch.compile(network, dynamic=False)
 
 
@@ -102,21 +102,22 @@ def ignore_interrupts(worker):
             os._exit(1)  # the parent was killed before that call
 
 
-class Calls(partial):
+class FunctionDataset(partial):
     """A function as a data set: its "index" is a job, the function's arguments."""
 
     def __getitem__(self, job):
         return self(*job)
 
 
-def as_it_is(result):
+def identity(result):
     """collate_fn of a DataLoader that leaves arrays arrays."""
     return result
 
 
-def in_workers(function, jobs, workers):
+def map_in_workers(function, jobs, workers):
     """Iterate over function(*job) in order; DataLoader's workers compute while jobs are made."""
     # unlike multiprocessing.Pool it draws few jobs ahead and reports a killed worker
-    return iter(DataLoader(Calls(function), batch_size=None, sampler=jobs, num_workers=workers,
-                           collate_fn=as_it_is, worker_init_fn=ignore_interrupts,
+    return iter(DataLoader(FunctionDataset(function), batch_size=None, sampler=jobs,
+                           num_workers=workers, collate_fn=identity,
+                           worker_init_fn=ignore_interrupts,
                            prefetch_factor=4 if workers else None))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from support.masks import IGNORE, mask_in, read_mask
-from support.processes import in_workers
+from support.processes import map_in_workers
 
 BOUNDARY = 0.02  # of the image's diagonal: how far from a contour its region reaches
 
@@ -56,7 +56,7 @@ def boundary_iou(folder, ids, directory, workers=0):
     class on either side; NaN for a class that is on neither.
     """
     jobs = [(folder, i, directory) for i in ids if folder.mask_path(i).is_file()]
-    both, either = sum(in_workers(boundary_counts, jobs, workers))
+    both, either = sum(map_in_workers(boundary_counts, jobs, workers))
     return np.where(either > 0, both / np.maximum(either, 1), np.nan)
 
 

@@ -13,7 +13,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from data import Images, as_input, loader
-from support.files import DataError, atomic, digest, flock, progress, read_text, write_lines
+from support.files import UserError, atomic, file_hash, flock, progress, read_text, write_lines
 
 
 def add_tokens_flag(add):
@@ -65,7 +65,7 @@ def frozen_tokens(model, images):
 def locked(home):
     """The folder, while no other run adds to it."""
     if home.is_file():
-        raise DataError(f"{home} is a file: --tokens takes a folder")
+        raise UserError(f"{home} is a file: --tokens takes a folder")
     home.mkdir(parents=True, exist_ok=True)
     with open(home / ".lock", "a") as file:
         if not flock(file):
@@ -79,15 +79,15 @@ def check_made_with(home, made_with):
     note = home / "made_with.json"
     if not note.is_file():
         if any(not path.name.startswith(".") for path in home.iterdir()):
-            raise DataError(f"{home} holds something else: --tokens takes a new folder")
+            raise UserError(f"{home} holds something else: --tokens takes a new folder")
         return write_lines(note, [json.dumps(made_with)])
     try:
         found = dict(json.loads(read_text(note)))
     except (ValueError, TypeError):
-        raise DataError(f"{note} is damaged: choose another --tokens")
+        raise UserError(f"{note} is damaged: choose another --tokens")
     for name, value in made_with.items():
         if found.get(name) != value:
-            raise DataError(f"{home} is of {name} {found.get(name)}, now it is {value}: choose "
+            raise UserError(f"{home} is of {name} {found.get(name)}, now it is {value}: choose "
                             "another --tokens")
 
 
@@ -99,14 +99,14 @@ def keep_tokens(dataset, model, blocks, args, device):
     """
     vit, home, folder = model.backbone, args.tokens, dataset.folder
     if blocks > len(vit.blocks):
-        raise DataError(f"--tokens keeps what never learns: lower --train-blocks to at most "
+        raise UserError(f"--tokens keeps what never learns: lower --train-blocks to at most "
                         f"{len(vit.blocks)}")
     if blocks and not isinstance(vit, VisionTransformer):
-        raise DataError(f"--tokens with {model.config.backbone}: pass --train-blocks 0")
+        raise UserError(f"--tokens with {model.config.backbone}: pass --train-blocks 0")
     model.eval().blocks_left = blocks
     made_with = dict(backbone=model.config.backbone, size=dataset.size, blocks_after=blocks,
                      amp=args.amp, weights=frozen_digest(model))
-    paths = {i: home / f"{digest(folder.image_path(i))}.npy" for i in dataset.ids}
+    paths = {i: home / f"{file_hash(folder.image_path(i))}.npy" for i in dataset.ids}
     with locked(home):
         check_made_with(home, made_with)
         images = Images(folder, [i for i in paths if not paths[i].is_file()], dataset.size)
@@ -117,7 +117,7 @@ def keep_tokens(dataset, model, blocks, args, device):
                 tokens = frozen_tokens(model, as_input(torch.stack(resized), device))
             for image_id, of_image in zip(ids, tokens.half().cpu()):
                 if not of_image.isfinite().all():
-                    raise DataError(f"tokens of {image_id} do not fit into float16: train without "
+                    raise UserError(f"tokens of {image_id} do not fit into float16: train without "
                                     "--tokens")
                 with atomic(paths[image_id]) as temporary, open(temporary, "wb") as file:
                     np.save(file, of_image.numpy())
