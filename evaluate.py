@@ -231,7 +231,7 @@ def predict_split(args, model, checkpoint, device, crf):
     todo = ids if fresh else unfinished(ids, {pred: settings}, args.workers,
                                         "delete them, or choose another --run")
     results = map_in_workers(predict, segment_images(model, folder, todo, args, device, crf),
-                         0 if device.type == "cuda" else args.workers)
+                             0 if device.type == "cuda" else args.workers)
     results = progress(claimed(results, {pred: settings}, fresh), args.split, len(todo))
     for mask, image_id in zip(results, todo):
         save_mask(pred / f"{image_id}.png", mask)
