@@ -2,7 +2,7 @@
 
 Run:    python extras/drawings.py architecture pipeline beetle cross --out docs
         python extras/drawings.py epochs crf --data data/toy --run runs/drawings --out docs
-        python extras/drawings.py top-k --data data/toy      (after extras/ablate.py top-k)
+        python extras/drawings.py top-k --data data/toy      (after extras/study.py top-k)
 Writes: OUT/architecture.png  CPF-CTE from the image to the loss and to the masks, with shapes
         OUT/pipeline.png      the four stages and the files between them
         OUT/beetle.png        the classes of the generated data, and why one patch is not enough
@@ -30,7 +30,7 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import make_pseudo  # noqa: E402  the scripts are no package
 import train_cls  # noqa: E402
-from ablate import STUDIES, folder_name  # noqa: E402
+from study import STUDIES, folder_name  # noqa: E402
 from data import IGNORE, Folder, Images, read_image, read_mask, voc_palette  # noqa: E402
 from evaluate import confusion_matrix, miou  # noqa: E402
 from figures import of_stage, save, show  # noqa: E402
@@ -66,7 +66,7 @@ def parse_args(argv=None):
     add("--data", type=Path, default=Path("data/toy"), help="epochs, top-k, crf: data set folder")
     add("--run", type=Path, default=Path("runs/drawings"), help="epochs, crf: run folder")
     add("--cls-flags", default="", help='epochs: flags of train_cls.py, --cls-flags="--epochs 12"')
-    add("--runs", type=Path, default=Path("runs/ablate"), help="top-k: what was --out of ablate.py")
+    add("--runs", type=Path, default=Path("runs/ablate"), help="top-k: what was --out of study.py")
     add("--seed", type=int, default=0, help="top-k: which of its seeds")
     add("--split", default="val", help="split of the image")
     add("--image", help="id of the image (default: the first one with two classes of objects)")
@@ -482,7 +482,7 @@ def draw_epochs(args):
 
 
 def run_of_top_k(args, K):
-    """cls.pt of a K: of the study top-k of extras/ablate.py, or of its default, if that has it."""
+    """cls.pt of a K: of the study top-k of extras/study.py, or of its default, if that has it."""
     flags = {name: flags for name, _, flags, _ in STUDIES["top-k"]}[f"K = {K}"]
     home = args.runs / args.data.resolve().name
     paths = [home / folder_name(words) / f"s{args.seed}/cls.pt" for words in (flags, "")]
@@ -490,7 +490,7 @@ def run_of_top_k(args, K):
         trained = load_checkpoint(path, "cls")["args"]
         if {"max": 1, "avg": "N"}.get(trained["pool"], trained["top_k"]) == K:
             return path
-    raise DataError(f"{paths[0]} not found: run `python extras/ablate.py top-k --data {args.data}` "
+    raise DataError(f"{paths[0]} not found: run `python extras/study.py top-k --data {args.data}` "
                     f"with --seeds {args.seed} first")
 
 

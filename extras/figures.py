@@ -1,6 +1,6 @@
 """Figures of Table 4's runs (Fig. 6, Fig. 7, training curves, context), or of one run.
 
-Run:    python extras/figures.py --data data/toy          (after ablate.py table4 --data data/toy)
+Run:    python extras/figures.py --data data/toy          (after study.py table4 --data data/toy)
         python extras/figures.py run --run runs/mine      (any run folder)
         python extras/figures.py shown --run runs/photo   (a run that knows cat and person)
 Writes: OUT/fig6.png    image, truth, baseline, ours: the best, the median and the worst image
@@ -25,7 +25,7 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import make_pseudo  # noqa: E402
-from ablate import STUDIES, folder_name  # noqa: E402  the scripts are no package
+from study import STUDIES, folder_name  # noqa: E402  the scripts are no package
 from data import Folder, Images, read_image, read_mask, voc_palette  # noqa: E402
 from evaluate import confusion_of, miou, predict, predict_logits  # noqa: E402
 from model import classification_loss, pool_patches  # noqa: E402
@@ -47,9 +47,9 @@ def parse_args(argv=None):
         help="a study, one run, or its masks of photographs that may be shown")
     add("--run", type=Path, help="run, shown: its folder")
     add("--data", type=Path, help="table4: data set folder")
-    add("--runs", type=Path, default=Path("runs/ablate"), help="what was --out of ablate.py")
+    add("--runs", type=Path, default=Path("runs/ablate"), help="what was --out of study.py")
     add("--out", type=Path, help="folder of the pictures (default: RUNS/NAME_OF_DATA)")
-    add("--split", default="val", help="split that ablate.py scored")
+    add("--split", default="val", help="split that study.py scored")
     add("--workers", type=int, default=2, help="processes that score the images")
     add("--masks", choices=("bpm", "pseudo"), default="pseudo", help="before or after the CRF")
     args = parser.parse_args(argv)
@@ -71,7 +71,7 @@ def scored_runs(args):
     common = sorted(set.intersection(*seeds), key=lambda seed: int(seed[1:]))
     if not common:
         raise DataError(f"no seed of all four variants in {args.runs}: "
-                        f"run `python extras/ablate.py table4 --data {args.data}` first")
+                        f"run `python extras/study.py table4 --data {args.data}` first")
     return {variant: [(home / seed, json.loads((home / seed / name).read_text()))
                       for seed in common] for variant, home in homes.items()}
 

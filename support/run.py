@@ -299,7 +299,7 @@ def progress(items, desc, total=None, disable=False):
 
 # --- checkpoints: RUN/cls.pt, RUN/seg.pt, RUN/cpews.pt -----------------------------------------
 
-MADE_BY = {"cls": "train_cls.py", "seg": "train_seg.py", "cpews": "extras/cpews.py"}
+MADE_BY = {"cls": "train_cls.py", "seg": "train_seg.py", "cpews": "extras/cpews/train.py"}
 NEEDED = {"cls": "config model optimizer classes ids labels --seed epoch --epochs --size".split(),
           "seg": "config model optimizer classes ids labels --seed step".split(),
           "cpews": "config model optimizer classes ids labels pools --seed step".split()}

@@ -1,6 +1,7 @@
 """CPEWS and PAR: known answers of every equation, defects of the release, the script end to end."""
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -9,17 +10,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import cpews
-import cpews_model
 import data
 import evaluate
-import par
 import train_cls
 import train_seg
 from conftest import in_process
-from cpews_model import CPEWS, CPEWSConfig
 from data import Folder
 from datasets import beetles, coco as coco_maker, voc as voc_maker
+from extras.cpews import model as cpews_model, par, train as cpews
+from extras.cpews.model import CPEWS, CPEWSConfig
 from support import run
 from support.inference import load_model
 from support.run import DataError
@@ -54,15 +53,6 @@ def test_par_weights_sum_to_1_01_and_do_not_depend_on_the_range():
     assert w.shape == (2, 48, 20, 30) and torch.allclose(w.sum(1), torch.tensor(1.01), atol=1e-5)
     assert torch.allclose(w, par.weights(255 * image, VOC_DILATIONS), atol=1e-5)
     assert torch.allclose(par.refine(image, v, VOC_DILATIONS), 1.104622 * v, atol=1e-5)
-
-
-def test_par_of_a_constant_image_averages():
-    w = par.weights(torch.full((1, 3, 9, 9), 0.3), VOC_DILATIONS)
-    distance = torch.tensor([d * math.hypot(*way) for d in VOC_DILATIONS for way in par.DIRECTIONS])
-    assert distance.std().item() == approx(9.900305, 1e-5)
-    place = 100 * (w[0, :, 4, 4] - 1 / 48)
-    assert place[par.DIRECTIONS.index((0, 1))].item() == approx(0.0764534, 1e-4)
-    assert place[par.DIRECTIONS.index((1, 1))].item() == approx(0.0682598, 1e-4)
 
 
 def test_par_moves_a_border_to_the_images_edge():
@@ -133,15 +123,6 @@ def test_features_are_timms_and_those_of_the_last_block_are_normed():
 
 def cams(model, images, y, scales):
     return model.cams(model.encodings(images, scales).values(), y, images.shape[2:])
-
-
-def test_an_auxiliary_head_that_is_the_main_one_has_its_maps():
-    model, images, y = network(aux_block=4), torch.rand(2, 3, 48, 48), torch.ones(2, 8)
-    model.aux_classifier.weight = model.classifier.weight
-    cam, aux_cam = cams(model, images, y, [1.0, 0.5])
-    assert torch.equal(cam, aux_cam) and 0 <= cam.min() and 0.99 < cam.amax() <= 1
-    z, aux_z = model.scores(*model.encode(images))
-    assert torch.equal(z, aux_z)
 
 
 def test_scores_are_linear_in_the_maximum_of_each_channel():
@@ -365,14 +346,6 @@ def test_pdl_by_hand():
     assert worst == approx(0.100769 + 2.344884)
 
 
-@pytest.mark.parametrize("without", ["P", "N", "class"])
-def test_a_class_without_prototypes_has_no_pdl(without):
-    _, _, _, f, regions = activated()
-    made = pools(P=[] if without == "P" else [(1, 1)], N=[] if without == "N" else [(2, 2)])
-    present = regions.any(3).any(2) & (without != "class")
-    assert cpews_model.pdl_loss(cpews_model.prototype_distances(f, present, made), 13) == 0
-
-
 @pytest.mark.parametrize("P, U, wrong", [([(1, 0)], [(0, 1)], 1), ([(0, 1)], [(1, 0)], 0)])
 def test_ssl_by_hand_and_its_gradient(P, U, wrong):
     features, W, raw, _, regions = activated()
@@ -385,13 +358,15 @@ def test_ssl_by_hand_and_its_gradient(P, U, wrong):
     assert not features.grad[0, :, 0, 1 - wrong].any()
 
 
-@pytest.mark.parametrize("P, U, y", [
+@pytest.mark.parametrize("own, others, y", [
     ([(1, 0)], [], 1.0), ([], [(0, 1)], 1.0), ([(1, 0)], [(0, 1)], 0.0)])
-def test_without_prototypes_or_label_no_token_is_wrong(P, U, y):
-    features, _, raw, _, regions = activated()
-    y = torch.full((1, 1), y)
-    scores = cpews_model.false_scores(raw, features, regions, y, pools(P=P, U=U))
-    assert len(scores) == 0 and cpews_model.ssl_loss(scores) == 0
+def test_without_prototypes_or_label_a_class_has_neither_loss(own, others, y):
+    _, _, raw, f, regions = activated()
+    features, made, y = tokens((1, 0), (0, 1)), pools(own, others, others), torch.full((1, 1), y)
+    distances = cpews_model.prototype_distances(f, regions.any(3).any(2) & (y > 0), made)
+    scores = cpews_model.false_scores(raw, features, regions, y, made)
+    assert len(distances) == len(scores) == 0
+    assert cpews_model.pdl_loss(distances, 13) == cpews_model.ssl_loss(scores) == 0
 
 
 def test_a_token_outside_the_region_is_left_alone():
@@ -561,9 +536,9 @@ def small(tmp_path_factory):
 
 def test_the_photo_preset_trains_the_hybrid_of_cpf_cte(small, tmp_path):
     """Same backbone in both methods: patches by a CNN, two blocks, no class token."""
-    in_process(cpews, "--data", small, "--run", tmp_path, "--preset", "photo", "--no-pretrained",
-               "--warm-up", "1", "--iterations", "1", "--ism-from", "0", "--batch-size", "2",
-               "--val-images", "1", "--workers", "0")
+    in_process(cpews, "--data", small, "--run", tmp_path, "--workers", "0", *(
+        "--preset photo --no-pretrained --warm-up 1 --iterations 1 --ism-from 0 --batch-size 2 "
+        "--val-images 1").split())
     model, _ = load_model(tmp_path / "cpews.pt", "cpews", CPEWSConfig, CPEWS)
     stage_1 = train_cls.parse_args([*TOY[:-1], "photo"])
     assert model.config.backbone == stage_1.backbone and model.config.aux_block == 1
@@ -645,7 +620,7 @@ def test_the_frozen_encoder_does_not_move_in_the_warm_up(small, tmp_path, monkey
 def finished(small, tmp_path_factory, script):
     """(RUN, output): the real command trains and writes the masks of train."""
     home = tmp_path_factory.mktemp("cpews") / "run"
-    where = ("extras/cpews.py", "--data", small, "--run", home)
+    where = ("extras/cpews/train.py", "--data", small, "--run", home)
     _, first = script(*where, *SHORT)
     _, second = script(*where, "--predict", "train", "--workers", "0")
     return home, first + second
@@ -736,19 +711,6 @@ def test_the_flags_of_training_hold_for_the_masks(finished, small, tmp_path, cap
     made = json.loads((home / "pseudo/settings.json").read_text())
     assert (made["cam_high"], made["cam_low"], made["par_dilations"], made["seed"]) == (
         0.55, 0.2, [1], 7)
-    with pytest.raises(SystemExit):
-        cpews.parse_args(["--data", "x", "--run", "y", "--predict", "val", "--aux-block", "2"])
-    assert "--aux-block is for training: cpews.pt has its own" in capsys.readouterr().err
-
-
-def test_a_photo_is_segmented(finished, tmp_path):
-    Image.new("RGB", (61, 35), (90, 160, 30)).save(tmp_path / "photo.jpg")
-    out = tmp_path / "photo.png"
-    in_process(cpews, "--run", finished[0], "--image", tmp_path / "photo.jpg", "--out", out)
-    assert data.read_mask(out, 9).shape == (35, 61)
-    assert (tmp_path / "photo_overlay.png").is_file()
-
-
 # --- superclasses.txt --------------------------------------------------------------------------
 
 def test_the_makers_write_superclasses(toy, coco, tmp_path):
@@ -790,17 +752,7 @@ def test_without_superclasses_all_negatives_count(small, tmp_path, capsys):
         trained(folder, tmp_path / "run", "--iterations", "1", "--resume")
 
 
-@pytest.mark.parametrize("change", [
-    lambda text: text.replace(" checks_red", ""), lambda text: text + "more checks_red\n",
-    lambda text: text.replace("checks_red", "unicorn"), lambda text: ""])
-def test_superclasses_that_do_not_fit_are_named(small, tmp_path, change):
-    folder = shutil.copytree(small, tmp_path / "data")
-    edit(folder / "superclasses.txt", change)
-    with pytest.raises(DataError, match="superclasses.txt: a line is 'SUPERCLASS CLASS CLASS ...'"):
-        trained(folder, tmp_path / "run")
-
-
-def test_one_object_class_works_and_none_is_told(small, tmp_path):
+def test_one_object_class_works(small, tmp_path):
     folder = shutil.copytree(small, tmp_path / "data")
     (folder / "superclasses.txt").unlink()
     run.write_lines(folder / "classes.txt", ["background", "beetle"])
@@ -812,9 +764,6 @@ def test_one_object_class_works_and_none_is_told(small, tmp_path):
     shutil.rmtree(folder / "SegmentationClass")
     pools = trained(folder, tmp_path / "run", "--iterations", "2")["pools"]
     assert len(pools["P"]) == 1
-    run.write_lines(folder / "classes.txt", ["background"])
-    with pytest.raises(DataError, match="classes.txt names no class but background"):
-        trained(folder, tmp_path / "none")
 
 
 def test_an_image_of_one_patch(finished, small, tmp_path):
@@ -831,26 +780,33 @@ def test_an_image_of_one_patch(finished, small, tmp_path):
     trained(folder, tmp_path / "trained", "--iterations", "1")
 
 
-@pytest.mark.parametrize("flags, words", [
-    (("--cam-high", "0.1"), "--cam-low is to lie below --cam-high"),
-    (("--crop", "50"), "--crop 50 is no multiple of a patch's 8 pixels"),
-    (("--aux-block", "5"), "--aux-block 5: vit_toy has 4 blocks"),
-    (("--backbone", "resnet_toy"), "--backbone resnet_toy does not fit"),
-    (("--batch-size", "17"), "16 images cannot fill --batch-size 17"),
-    (("--predict", "train"), "cpews.pt not found: run extras/cpews.py first")])
-def test_what_cannot_be_is_told_in_one_line(small, tmp_path, flags, words):
-    short = ("--workers", "0") if "--predict" in flags else SHORT
-    with pytest.raises(DataError, match=words):
-        in_process(cpews, "--data", small, "--run", tmp_path / "run", *short, *flags)
+FITS = "superclasses.txt: a line is 'SUPERCLASS CLASS CLASS ...'"
 
 
-def test_a_missing_image_label_of_val_is_told_before_training(small, tmp_path, monkeypatch):
-    folder = shutil.copytree(small, tmp_path / "data")
-    image_id = Folder(folder).ids("val")[0]
-    edit(folder / "image_labels.txt", lambda text: text.replace(f"{image_id} ", "nobody "))
+@pytest.mark.parametrize("flags, file, change, words", [
+    ("--cam-high 0.1", "", None, "--cam-low is to lie below --cam-high"),
+    ("--crop 50", "", None, "--crop 50 is no multiple of a patch's 8 pixels"),
+    ("--aux-block 5", "", None, "--aux-block 5: vit_toy has 4 blocks"),
+    ("--backbone resnet_toy", "", None, "--backbone resnet_toy does not fit"),
+    ("--batch-size 17", "", None, "16 images cannot fill --batch-size 17"),
+    ("", "superclasses.txt", ("checks_red", ""), FITS),
+    ("", "superclasses.txt", ("checks_red", "unicorn"), FITS),
+    ("", "superclasses.txt", ("checks_red", "checks_red checks_red"), FITS),
+    ("--no-superclasses", "classes.txt", (r"\n(.|\n)*", "\n"), "no class but background"),
+    ("", "image_labels.txt", ("val_00000 ", "nobody "), "no label for val_00000")])
+def test_what_cannot_be_is_told_in_one_line_before_training(
+        small, tmp_path, monkeypatch, flags, file, change, words):
     monkeypatch.setattr(cpews, "batch_losses", None)  # no step is made
-    with pytest.raises(DataError, match=image_id):
-        trained(folder, tmp_path / "run")
+    folder = shutil.copytree(small, tmp_path / "data")
+    if file:
+        edit(folder / file, lambda text: re.sub(*change, text))
+    with pytest.raises(DataError, match=words):
+        trained(folder, tmp_path / "run", *flags.split())
+
+
+def test_masks_need_a_checkpoint(small, tmp_path):
+    with pytest.raises(DataError, match="cpews.pt not found: run extras/cpews/train.py first"):
+        in_process(cpews, "--data", small, "--run", tmp_path, "--predict", "train")
 
 
 def test_several_processes_are_refused(small, tmp_path, monkeypatch):
@@ -861,11 +817,9 @@ def test_several_processes_are_refused(small, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words, told", [
-    ("--rescale 2 1", "--rescale: the smaller number comes first"),
-    ("--predict val --image a.jpg --out a.png", "--image instead of --predict"),
-    ("--out a.png --image a.png", "not the photo's own"), ("--pool-cam both", "--pool-cam"),
-    ("--image a.jpg", "--image needs --out NAME.png")])
+    ("--rescale 2 1", "--rescale: the smaller number comes first"), ("--pool-cam both", "pool-cam"),
+    ("--predict val --aux-block 2", "--aux-block is for training: cpews.pt has its own")])
 def test_a_flag_that_cannot_be_is_named(words, told, capsys):
     with pytest.raises(SystemExit):
-        cpews.parse_args([*TOY, *words.split()])
+        cpews.parse_args([*TOY[:4], *words.split()])
     assert told in capsys.readouterr().err

@@ -12,24 +12,24 @@ import pytest
 import torch
 from PIL import Image
 
-import ablate
 import bench
-import cpews
 import data
 import evaluate
 import figures
 import gpu
 import make_pseudo
 import patch_grid
+import study
 import train_cls
 import train_seg
 from conftest import in_process
+from extras.cpews import train as cpews
 from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig
 from support import run
 from support.run import DataError
 
 MODULES = {"train_cls.py": train_cls, "make_pseudo.py": make_pseudo, "train_seg.py": train_seg,
-           "evaluate.py": evaluate, "extras/cpews.py": cpews}
+           "evaluate.py": evaluate, "extras/cpews/train.py": cpews}
 
 
 @pytest.fixture
@@ -42,14 +42,14 @@ def calls(monkeypatch):
         in_process(MODULES[script], "--data", args.data, "--run", run, "--workers", "0", *flags,
                    *shlex.split(args.flags))
 
-    monkeypatch.setattr(ablate, "call", call)
+    monkeypatch.setattr(study, "call", call)
     return made
 
 
-def study(toy, out, *words):
-    args = ablate.parse_args([*words, "--data", str(toy), "--out", str(out),
+def run_study(toy, out, *words):
+    args = study.parse_args([*words, "--data", str(toy), "--out", str(out),
                               "--cls-flags", "--epochs 1 --batch-size 4"])
-    ablate.main(args)
+    study.main(args)
     return out / toy.name
 
 
@@ -59,7 +59,7 @@ def test_table_by_hand():
     rows = [("first", 65.2, "", ""), ("second", "-", "--x", "")]
     scores = [[{"BPM": 10.0, "CRF": 20.0}, {"BPM": 14.0, "CRF": 20.0}, {"BPM": 12.0, "CRF": 20.0}],
               [{"BPM": 15.0, "CRF": 21.0}, {"BPM": 17.0, "CRF": 23.0}, {"BPM": 19.0, "CRF": 22.0}]]
-    lines = ablate.tables(rows, [[seed | {"body found": 7.0} for seed in row] for row in scores])
+    lines = study.tables(rows, [[seed | {"body found": 7.0} for seed in row] for row in scores])
     assert [cell.strip() for cell in lines[0].split("|")[4:-1]] == [
         "BPM", "sd", "CRF", "sd", "gain in BPM", "95 % interval"]
     assert lines[2] == "| first | 65.2 | 3 | 12.0 | 2.0 | 20.0 | 0.0 |  |  |"
@@ -76,31 +76,31 @@ def test_table_by_hand():
         "", "| difference | " + " | 95 % interval | ".join(["BPM", "CRF", "body found", ""])[:-1],
         "|---|---|---|---|---|---|---|",
         f"| second against first | +5.0 | {interval} | +2.0 | {crf} |  |  |"]
-    one = ablate.tables(rows, [scores[0][:1], scores[1][:1]])
+    one = study.tables(rows, [scores[0][:1], scores[1][:1]])
     assert one[3:5] == ["| second | - | 1 | 15.0 |  | 21.0 |  | +5.0 |  |", ""]
     assert one[7:] == ["| second against first | +5.0 |  | +1.0 |  |"]
-    third = ablate.pairs([*rows, ("third",)], [*scores, scores[0]], ["BPM"])
+    third = study.pairs([*rows, ("third",)], [*scores, scores[0]], ["BPM"])
     assert [line.split(" | ")[:2] for line in third[2:]] == [
         ["| second against first", "+5.0"], ["| third against first", ""],
         ["| third against second", "-5.0"]]
     full = [[seed | {"DeepLabv2": 3 * seed["CRF"]} for seed in row] for row in scores]
-    assert ablate.tables(rows, full)[3].endswith("66.0 | 3.0 | +6.0 | -1.4 to +13.4 |")
+    assert study.tables(rows, full)[3].endswith("66.0 | 3.0 | +6.0 | -1.4 to +13.4 |")
 
 
 def test_what_masks_find_where_a_data_set_has_no_parts():
     """Found: 6 of 8 and 1 of 2 pixels of the two classes; of background's 10, 3 are not 0."""
     confusion = [[7, 2, 0, 1], [1, 6, 0, 1], [0, 1, 1, 0]]
-    assert ablate.columns_of({"confusion": confusion}, "x: ") == pytest.approx(
+    assert study.columns_of({"confusion": confusion}, "x: ") == pytest.approx(
         {"x: object found": 70, "x: background called object": 30})
-    with_parts = ablate.columns_of({"confusion": confusion, "part_recall": {"head": 0.5}}, "")
+    with_parts = study.columns_of({"confusion": confusion, "part_recall": {"head": 0.5}}, "")
     assert with_parts == pytest.approx({"head found": 50, "background called object": 30})
 
 
 def test_tables_4_and_5_are_the_papers():
-    paper = {row[0]: row[1] for row in ablate.STUDIES["table4"] + ablate.STUDIES["table5"]}
+    paper = {row[0]: row[1] for row in study.STUDIES["table4"] + study.STUDIES["table5"]}
     assert list(paper.values()) == [65.2, 67.1, 67.8, 69.5, 67.7, 68.1, 69.5]
     where = ["--data", "x", "--run", "y", "--preset", "toy"]
-    for name, rows in ablate.STUDIES.items():
+    for name, rows in study.STUDIES.items():
         for _, _, flags, mask_flags in rows:  # every variant is made of flags that exist
             if flags.startswith("cpews"):
                 cpews.parse_args(where + flags.split()[1:])
@@ -112,7 +112,7 @@ def test_tables_4_and_5_are_the_papers():
 
 
 def test_a_study_runs_what_is_missing_and_nothing_twice(toy, tmp_path, calls, capsys):
-    home = study(toy, tmp_path, "max-norm", "--seeds", "0")
+    home = run_study(toy, tmp_path, "max-norm", "--seeds", "0")
     assert [script for script, _ in calls].count("train_cls.py") == 2  # the second finds it done
     lines = (home / "max-norm-val.md").read_text().splitlines()
     assert len(lines) == 13 and lines[2].startswith("| with | - | 1 |")
@@ -125,19 +125,19 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(toy, tmp_path, calls, ca
         100 * confusion[0, 1:].sum() / confusion[0].sum())
     assert (home / "default/s0/no-max-norm/cls.pt").resolve() == home / "default/s0/cls.pt"
     calls.clear()
-    study(toy, tmp_path, "max-norm", "--seeds", "0")
+    run_study(toy, tmp_path, "max-norm", "--seeds", "0")
     assert not calls and "| without | - | 1 |" in capsys.readouterr().out
-    study(toy, tmp_path, "max-norm", "--seeds", "0", "1")
+    run_study(toy, tmp_path, "max-norm", "--seeds", "0", "1")
     assert {run for _, run in calls} == {"s1", "no-max-norm"}
     assert "| without | - | 2 |" in (home / "max-norm-val.md").read_text()
     with pytest.raises(DataError, match="other data or flags: choose another --out"):
-        ablate.main(ablate.parse_args(["max-norm", "--data", str(toy), "--out", str(tmp_path)]))
+        study.main(study.parse_args(["max-norm", "--data", str(toy), "--out", str(tmp_path)]))
 
 
 def test_full_trains_and_scores_deeplab(toy, tmp_path, calls):
     seg = "--iterations 2 --batch-size 4 --val-images 2"
-    study(toy, tmp_path, "max-norm", "--seeds", "0")  # masks first: they ask for no --seg-flags
-    home = study(toy, tmp_path, "max-norm", "--seeds", "0", "--full", "--seg-flags", seg)
+    run_study(toy, tmp_path, "max-norm", "--seeds", "0")  # masks first: they ask for no --seg-flags
+    home = run_study(toy, tmp_path, "max-norm", "--seeds", "0", "--full", "--seg-flags", seg)
     assert [name for name, _ in calls].count("train_seg.py") == 2
     assert (home / "max-norm-val-full.md").is_file()
     scores = json.loads((home / "default/s0/scores-val.json").read_text())["scores"]
@@ -145,20 +145,20 @@ def test_full_trains_and_scores_deeplab(toy, tmp_path, calls):
     assert results["split"] == "val" and scores["DeepLabv2"] == 100 * results["miou"]
     assert scores["DeepLabv2: head found"] == 100 * results["part_recall"]["head"]
     calls.clear()
-    study(toy, tmp_path, "max-norm", "--seeds", "0", "--seg-flags", seg)  # the same runs
+    run_study(toy, tmp_path, "max-norm", "--seeds", "0", "--seg-flags", seg)  # the same runs
     assert not calls
     with pytest.raises(DataError, match="other data or flags"):
-        study(toy, tmp_path, "max-norm", "--seeds", "0", "--full", "--seg-flags", "--iterations 3")
+        run_study(toy, tmp_path, "max-norm", "--seeds", "0", "--full", "--seg-flags", "--iterations 3")
 
 
 def test_a_study_of_cpews_scores_maps_labels_and_decoder(toy, tmp_path, calls):
     flags = "--warm-up 1 --iterations 1 --batch-size 2 --val-split none --seg-from 0"
     seg = "--iterations 1 --batch-size 2 --val-split none"
-    ablate.main(ablate.parse_args([
+    study.main(study.parse_args([
         "cpews2", "--data", str(toy), "--out", str(tmp_path), "--seeds", "0", "--full",
         "--cpews-flags", flags, "--seg-flags", seg]))
     home = tmp_path / toy.name
-    assert [name for name, _ in calls].count("extras/cpews.py") == 6  # train, val, train; twice
+    assert [name for name, _ in calls].count("extras/cpews/train.py") == 6  # train, val, train; twice
     with_crf, without = home / "cpews/s0/crf", home / "cpews/s0"
     assert (with_crf / "cpews.pt").resolve() == without / "cpews.pt"
     for run_folder, crf in ((without, False), (with_crf, True)):
@@ -178,8 +178,8 @@ def test_a_study_of_cpews_scores_maps_labels_and_decoder(toy, tmp_path, calls):
 
 def test_a_study_from_another_folder_passes_its_flags_on(toy, tmp_path, calls, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(ablate.STUDIES, "one", [("max pooling", 68.1, "--pool max", "")])
-    ablate.main(ablate.parse_args([
+    monkeypatch.setitem(study.STUDIES, "one", [("max pooling", 68.1, "--pool max", "")])
+    study.main(study.parse_args([
         "one", "--seeds", "3", "--data", os.path.relpath(toy), "--method", "ours", "--tokens",
         "kept", "--cls-flags=--epochs 1 --augment --train-blocks 0",
         "--flags=--preset toy --no-amp"]))
@@ -198,13 +198,13 @@ def test_a_study_from_another_folder_passes_its_flags_on(toy, tmp_path, calls, m
 
 
 def test_a_command_keeps_its_output_and_a_failing_one_is_named(toy, tmp_path):
-    args = ablate.parse_args(["table4", "--data", str(toy), "--flags=--workers 0"])
+    args = study.parse_args(["table4", "--data", str(toy), "--flags=--workers 0"])
     truth = ("--masks", toy / "SegmentationClass", "--split")
-    ablate.call(args, tmp_path, "evaluate.py", *truth, "val")
+    study.call(args, tmp_path, "evaluate.py", *truth, "val")
     output = (tmp_path / "out.txt").read_text()
     assert "--split val --workers 0" in output and "mIoU 100.00 %" in output
     with pytest.raises(DataError, match="evaluate.py ended with code 1 .*none.txt not found"):
-        ablate.call(args, tmp_path, "evaluate.py", *truth, "none")
+        study.call(args, tmp_path, "evaluate.py", *truth, "none")
 
 
 # --- figures -----------------------------------------------------------------------------------
@@ -212,10 +212,10 @@ def test_a_command_keeps_its_output_and_a_failing_one_is_named(toy, tmp_path):
 def test_figures_of_a_tiny_table_4(toy, tmp_path, calls, monkeypatch):
     monkeypatch.setattr(figures, "PROBE_IMAGES", 8)
     where = ["--data", str(toy), "--runs", str(tmp_path), "--workers", "0"]
-    with pytest.raises(DataError, match="ablate.py table4"):
+    with pytest.raises(DataError, match="study.py table4"):
         figures.main(figures.parse_args(where))
-    home = study(toy, tmp_path, "table4", "--seeds", "0", "1")
-    study(toy, tmp_path, "table4", "--seeds", "0", "--split", "test")  # val's figures stay val's
+    home = run_study(toy, tmp_path, "table4", "--seeds", "0", "1")
+    run_study(toy, tmp_path, "table4", "--seeds", "0", "--split", "test")  # val's figures stay val's
     figures.main(figures.parse_args(where))
     for name in ("fig6", "fig7", "curves", "context"):
         with Image.open(home / f"{name}.png") as picture:
