@@ -40,16 +40,13 @@ PAPER = {"stage 1, hv": 48 * 10582, "stage 1, hv, frozen": 2 * 10582, "stage 2":
 
 
 def parse_args(argv=None):
-    """How much to measure; the arguments also hold the sizes and the device."""
+    """How much to measure; the arguments also hold the sizes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="toy-sized networks and images")
     parser.add_argument("--only", choices=PARTS, help="measure this part alone")
     parser.add_argument("--out", type=Path, help="write the table to this file, too")
     args = parser.parse_args(argv)
     vars(args).update(SIZES[args.quick], workers=min(16, os.cpu_count()))
-    args.device, _, _ = run.join_processes()
-    args.gpu = args.device.type == "cuda"
-    args.amp = torch.autocast(args.device.type, torch.bfloat16, args.gpu)
     return args
 
 
@@ -213,15 +210,20 @@ PARTS = {"loading": loading, "context": context, "crf": dense_crf, "stages": sta
 
 
 def main(args, parts=PARTS):
+    args.device, _, _ = run.join_processes()
+    args.gpu = args.device.type == "cuda"
+    args.amp = torch.autocast(args.device.type, torch.bfloat16, args.gpu)
     device = torch.cuda.get_device_name() if args.gpu else "no GPU"
     args.rows = [f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads", "",
                  "| part | setting | median | unit | |", "|---|---|---|---|---|"]
     print(*args.rows, sep="\n")
     with tempfile.TemporaryDirectory() as root:
         args.root = Path(root)
-        number, val = (2560, 480) if args.gpu else (64, 16) if args.quick else (32, 8)
-        make_textures(args, args.root, {"train": number, "val": val})
-        for part in [args.only] if args.only else parts:
+        chosen = [args.only] if args.only else parts
+        if {"loading", "stages"} & {*chosen}:
+            number, val = (2560, 480) if args.gpu else (64, 16) if args.quick else (32, 8)
+            make_textures(args, args.root, {"train": number, "val": val})
+        for part in chosen:
             parts[part](args)
 
 

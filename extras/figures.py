@@ -100,7 +100,7 @@ def panels(path, rows, about=""):
     shapes = [row[0][1].shape[0] / row[0][1].shape[1] for row in rows]
     columns = max(map(len, rows))
     figure, axes = plt.subplots(len(rows), columns, figsize=(8, 0.5 + sum(
-        8 / columns * shape + 0.35 for shape in shapes)), layout="constrained", squeeze=False,
+        8 / columns * shape + 0.2 for shape in shapes)), layout="constrained", squeeze=False,
         height_ratios=shapes)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -118,7 +118,7 @@ def panels(path, rows, about=""):
 def coloured(title, mask, truth=None, C=0):
     """A panel of a mask (H, W); with its truth the title ends with the image's mean IoU."""
     if truth is not None:
-        title = f"{title}, IoU {100 * miou(confusion_matrix(mask, truth, C)):.0f} %"
+        title += f"IoU {100 * miou(confusion_matrix(mask, truth, C)):.0f} %"
     return title, voc_palette()[mask], {}
 
 
@@ -244,8 +244,8 @@ def draw_fig6(args, path, folder, baseline, ours, order):
             run / args.masks / f"{image_id}.png" for run in (baseline, ours))))
         image = np.array(read_image(folder.image_path(image_id)))
         rows.append([(f"{rank}: {image_id}", image, {}), coloured("ground truth", truth),
-                     *(coloured(name, mask, truth, C) for name, mask in
-                       zip(("baseline", "ours"), masks))])
+                     *(coloured(f"{name}, ", mask, truth, C)
+                       for name, mask in zip(("baseline", "ours"), masks))])
     panels(path, rows, f"{args.masks} masks of {args.split}, {ours.name}. Of {len(order)} images "
            "the best, the median and the worst by ours' mean IoU over the image's classes")
 
@@ -404,8 +404,8 @@ def draw_pipeline(args):
     table.set_fontsize(8)
     for cell in table.get_celld().values():
         cell.set(edgecolor="#888888", linewidth=0.8)
-    axis.set_title("No stage learns from pixel masks: they score. Settings that mIoU of val chose "
-                   "have seen them.", fontsize=8.5)
+    axis.set_title("No stage learns from pixel masks: they score. Settings chosen by the mIoU of "
+                   "val have seen them.", fontsize=8.5)
     save(figure, (args.out or Path()) / "pipeline.png", 160)
 
 

@@ -272,7 +272,7 @@ def main(args):
         lines = tables(rows, results)
         name = f"{args.data.resolve().name}/{study}-{args.split}{'-full' * args.full}"
         write_lines(args.out / f"{name}.md", lines)
-        with atomic(args.out / f"{name}.csv") as temporary, open(temporary, "w", newline="") as file:
+        with atomic(args.out / f"{name}.csv") as path, path.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(raw_rows(args, rows, results))
         print(f"\n{study} on {args.data}, {args.split}:", *lines, sep="\n")
 

@@ -628,9 +628,11 @@ def test_the_masks_are_those_of_the_equations(finished, small, tmp_path):
     folder, image_id = Folder(small), Folder(small).ids("val")[0]
     checkpoint = torch.load(home / "cpews.pt", weights_only=True)
     W = checkpoint["model"]["classifier.weight"]  # after nine steps the maps are empty
+    checkpoint["args"] |= dict(par_dilations=[1], seed=7)  # hold for the masks, if not given anew
     torch.save(checkpoint | dict(model=checkpoint["model"] | {"classifier.weight": torch.randn(
         W.shape, generator=torch.Generator().manual_seed(0))}), home / "cpews.pt")
-    in_process(cpews, "--data", small, "--run", home, "--workers", "0", "--predict", "val")
+    in_process(cpews, "--data", small, "--run", home, "--workers", "0", "--predict", "val",
+               "--cam-low", "0.2")
     model, checkpoint = cpews.load_model(home / "cpews.pt", "cpews", CPEWSConfig, CPEWS)
     image = np.array(data.read_image(folder.image_path(image_id)))
     x, y = torch.tensor(image).permute(2, 0, 1)[None] / 255, folder.image_labels(image_id)[None, 1:]
@@ -639,8 +641,7 @@ def test_the_masks_are_those_of_the_equations(finished, small, tmp_path):
         best = model(x)[0][0].argmax(0)
     args = checkpoint["args"]
     expected = torch.where(cam[0].amax(0) > args["cam_threshold"], cam[0].argmax(0) + 1, 0)
-    labels = cpews_model.pixel_labels(cam, x, y, x[:, 0] >= 0, args["cam_high"], args["cam_low"],
-                                      args["par_dilations"])
+    labels = cpews_model.pixel_labels(cam, x, y, x[:, 0] >= 0, args["cam_high"], 0.2, [1])
     assert expected.any() and {0, 255} < {*labels.flatten().tolist()}
     masks = {name: data.read_mask(home / name / f"{image_id}.png", 9)
              for name in ("cam", "pseudo", "pred")}
@@ -648,6 +649,8 @@ def test_the_masks_are_those_of_the_equations(finished, small, tmp_path):
     assert (masks["pred"] == best.numpy()).mean() > 0.999
     assert (masks["pseudo"] == labels[0].numpy()).mean() > 0.999
     assert set(np.unique(masks["pseudo"])) <= {0, 255, *(y[0].nonzero().flatten() + 1).tolist()}
+    made = json.loads((home / "pseudo/settings.json").read_text())
+    assert (made["cam_low"], made["par_dilations"], made["seed"]) == (0.2, [1], 7)
 
 
 def test_splits_share_folders_and_nothing_is_mixed_or_lost(finished, small, tmp_path, capsys):
@@ -671,14 +674,10 @@ def test_splits_share_folders_and_nothing_is_mixed_or_lost(finished, small, tmp_
         in_process(*where, "val", "--crf")
     with pytest.raises(DataError, match="--cam-low is to lie below --cam-high"):
         in_process(*where, "val", "--cam-high", "0.3", "--overwrite")
-    checkpoint = torch.load(home / "cpews.pt", weights_only=True)
-    checkpoint["args"] |= dict(par_dilations=[1], seed=7)  # hold for the masks if not given
-    torch.save(checkpoint, home / "cpews.pt")
-    in_process(*where, "val", "--crf", "--overwrite", "--cam-low", "0.2")
+    in_process(*where, "val", "--crf", "--overwrite")
     assert all(path.is_file() for path in before if path.parent.name != "pred")
     made = json.loads((home / "pred/settings.json").read_text())
     assert made["crf"] and made["constants"]["gaussian_compat"] == 1
-    assert (made["cam_low"], made["par_dilations"], made["seed"]) == (0.2, [1], 7)
     assert not [*home.glob("pred/train*.png")]
 
 
