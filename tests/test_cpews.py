@@ -16,7 +16,7 @@ import train_cls
 import train_seg
 from conftest import in_process
 from data import Folder
-from datasets import beetles, voc as voc_maker
+from datasets import beetles, coco as coco_maker, voc as voc_maker
 from extras.cpews import model as cpews_model, par, train as cpews
 from extras.cpews.model import CPEWS, CPEWSConfig
 from support import run
@@ -46,14 +46,6 @@ def pools(P=(), N=(), U=()):
 
 
 # --- E13: PAR ----------------------------------------------------------------------------------
-
-def test_par_weights_sum_to_1_01_and_do_not_depend_on_the_range():
-    image, v = torch.rand(2, 3, 20, 30), torch.full((2, 1, 20, 30), 0.3)
-    w = par.weights(image, VOC_DILATIONS)
-    assert w.shape == (2, 48, 20, 30) and torch.allclose(w.sum(1), torch.tensor(1.01), atol=1e-5)
-    assert torch.allclose(w, par.weights(255 * image, VOC_DILATIONS), atol=1e-5)
-    assert torch.allclose(par.refine(image, v, VOC_DILATIONS), 1.104622 * v, atol=1e-5)
-
 
 def test_par_moves_a_border_to_the_images_edge():
     image, maps = torch.zeros(1, 3, 32, 32), torch.zeros(1, 2, 32, 32)
@@ -87,6 +79,8 @@ def test_par_against_loops():
                               for x in range(W)] for y in range(H)]).transpose(2, 0, 1)
     ours = par.refine(torch.tensor(image)[None], torch.tensor(Q)[None], dilations, iterations=3)
     assert np.allclose(ours[0].numpy(), expected, atol=1e-5)
+    sums = par.weights(torch.tensor(image)[None], dilations).sum(dim=1)
+    assert torch.allclose(sums, torch.tensor(1.01, dtype=sums.dtype))
 
 
 # --- E1 to E6: the network ---------------------------------------------------------------------
@@ -683,8 +677,17 @@ def test_splits_share_folders_and_nothing_is_mixed_or_lost(finished, small, tmp_
 
 # --- superclasses.txt --------------------------------------------------------------------------
 
-def test_the_makers_write_superclasses(toy, tmp_path):
+def edit(path, change):
+    path.write_text(change(path.read_text()))
+
+
+def test_the_makers_write_superclasses(toy, coco, tmp_path):
     assert cpews_model.superclasses(Folder(toy)) == [0, 0, 1, 1, 2, 2, 3, 3]
+    for path in coco.glob("annotations/*.json"):
+        edit(path, lambda text: re.sub(r'("id": (\d+), "name": "[^"]*", "supercategory": )"x"',
+                                       r'\1"kind\2"', text))
+    coco_maker.make_coco(coco, counts={"train": (5, 4), "val": (3, 2)})
+    assert cpews_model.superclasses(Folder(coco)) == [*range(80)]
     run.write_lines(tmp_path / "superclasses.txt", voc_maker.VOC_SUPERCLASSES)
     run.write_lines(tmp_path / "classes.txt", voc_maker.VOC_CLASSES)
     groups = dict(zip(voc_maker.VOC_CLASSES[1:], cpews_model.superclasses(Folder(tmp_path))))
@@ -694,10 +697,6 @@ def test_the_makers_write_superclasses(toy, tmp_path):
 
 
 # --- bad input ---------------------------------------------------------------------------------
-
-def edit(path, change):
-    path.write_text(change(path.read_text()))
-
 
 def test_without_superclasses_all_negatives_count(small, tmp_path, capsys):
     folder = shutil.copytree(small, tmp_path / "data")
