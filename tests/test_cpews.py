@@ -12,7 +12,6 @@ from PIL import Image
 
 import data
 import evaluate
-import train_cls
 import train_seg
 from conftest import in_process
 from data import Folder
@@ -20,7 +19,6 @@ from datasets import beetles, coco as coco_maker, voc as voc_maker
 from extras.cpews import model as cpews_model, par, train as cpews
 from extras.cpews.model import CPEWS, CPEWSConfig
 from support import run
-from support.inference import load_model
 from support.run import DataError
 
 VOC_DILATIONS = (1, 2, 4, 8, 12, 24)

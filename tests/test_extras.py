@@ -138,7 +138,8 @@ def test_full_trains_and_scores_deeplab(toy, tmp_path, calls):
     run_study(toy, tmp_path, "max-norm", "--seeds", "0", "--seg-flags", seg)  # the same runs
     assert not calls
     with pytest.raises(DataError, match="other data or flags"):
-        run_study(toy, tmp_path, "max-norm", "--seeds", "0", "--full", "--seg-flags", "--iterations 3")
+        run_study(toy, tmp_path, "max-norm", "--seeds", "0", "--full",
+                  "--seg-flags", "--iterations 3")
 
 
 def test_a_study_of_cpews_scores_maps_labels_and_decoder(toy, tmp_path, calls):
@@ -148,7 +149,8 @@ def test_a_study_of_cpews_scores_maps_labels_and_decoder(toy, tmp_path, calls):
         "cpews2", "--data", str(toy), "--out", str(tmp_path), "--seeds", "0", "--full",
         "--cpews-flags", flags, "--seg-flags", seg]))
     home = tmp_path / toy.name
-    assert [name for name, _ in calls].count("extras/cpews/train.py") == 6  # train, val, train; twice
+    scripts = [name for name, _ in calls]
+    assert scripts.count("extras/cpews/train.py") == 6  # train, val, train; twice
     with_crf, without = home / "cpews/s0/crf", home / "cpews/s0"
     assert (with_crf / "cpews.pt").resolve() == without / "cpews.pt"
     for run_folder, crf in ((without, False), (with_crf, True)):
