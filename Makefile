@@ -9,9 +9,9 @@
 # make demo SEED=1 RUN=runs/toy1: another seed
 # make starter DIR=../assignment: the exercises of docs/TEACHING.md; make check EQ=8: one's tests
 #   (EQ=1 to 10, confusion, iou, deeplabv2)
-# make gpu: is a GPU right, how fast is it, what misses its goal; PART=stage1 repeats one part
+# make gpu: is a GPU right, how fast is it, what misses its goal; PART=crf measures one part
 # FLAGS="--workers 8": flags for every stage; CLS_FLAGS, SEG_FLAGS: for train_cls.py, train_seg.py;
-#   CPEWS_FLAGS: for the training of extras/cpews.py
+#   CPEWS_FLAGS: for the training of extras/cpews/train.py
 PYTHON ?= python3
 SEED ?= 0
 SEEDS ?= 0 1 2 3 4
@@ -54,12 +54,12 @@ voc coco voc-small: .venv/ready
 
 cpews: RUN = runs/cpews
 cpews: .venv/ready $(TOY)/superclasses.txt
-	$(PY) extras/cpews.py --data $(TOY) --run $(RUN) --seed $(SEED) --resume $(FLAGS) $(CPEWS_FLAGS)
-	$(PY) extras/cpews.py --data $(TOY) --run $(RUN) --predict train $(FLAGS)
-	$(PY) extras/cpews.py --data $(TOY) --run $(RUN) --predict test $(FLAGS)
+	$(PY) extras/cpews/train.py --data $(TOY) --run $(RUN) --seed $(SEED) --resume $(FLAGS) $(CPEWS_FLAGS)
+	$(PY) extras/cpews/train.py --data $(TOY) --run $(RUN) --predict train $(FLAGS)
+	$(PY) extras/cpews/train.py --data $(TOY) --run $(RUN) --predict test $(FLAGS)
 
 table4 table5 cpews2 cpews3 cpews4 cpews5: .venv/ready $(if $(ON_TOY),$(TOY)/superclasses.txt)
-	$(PY) extras/ablate.py $@ --data $(DATA) --seeds $(SEEDS) --jobs $(JOBS) \
+	$(PY) extras/study.py $@ --data $(DATA) --seeds $(SEEDS) --jobs $(JOBS) \
 		--flags="$(if $(PRESET),--preset $(PRESET)) $(FLAGS)" $(if $(FULL),--full) \
 		--cls-flags="$(CLS_FLAGS)" --cpews-flags="$(CPEWS_FLAGS)" --seg-flags="$(SEG_FLAGS)"
 

@@ -1,13 +1,15 @@
-"""What each part of the pipeline costs on this machine, as one Markdown table.
+"""What loading, the stages, the context and the CRF cost on this machine, as one Markdown table.
 
-Run:  python extras/bench.py [--quick]    ViT-B/16, ResNet-101, photos; --quick: the toy's sizes
-Medians after warm-up (loading: one run); on a GPU by CUDA events, in bfloat16. TFLOP/s leave the
-LSTMs out. Weights are random. Images are random textures. At VOC's size their files (75 kB) and CRF
-lattices (170,000 vertices, of which the fullest has 1,200 pixels) are about as large as VOC's.
+Run:    python extras/bench.py [--quick] [--only PART]
+Writes: the table to the terminal and to --out, a row as soon as it is measured (docs/SPEED.md)
+ViT-B/16, ResNet-101 and photos; with --quick the toy's networks and sizes. The stages run as they
+are, from files to files; medians are over calls after a warm-up; a GPU computes in bfloat16.
+Weights are random. Images are random textures. At VOC's size their files (75 kB) and CRF lattices
+(170,000 vertices, of which the fullest has 1,200 pixels) are about as large as VOC's.
 """
 import argparse
+import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -18,27 +20,33 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
-from torchmetrics.functional.classification import multiclass_jaccard_index
+from torch.utils.data import Dataset
+from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cpews, cpews_model, data, evaluate, model, train_seg  # noqa: E401, E402  no package
+import data, evaluate, make_pseudo, model, train_cls, train_seg  # noqa: E401, E402  no package
 from support import crf, run  # noqa: E402
 
-SIZES = {False: dict(vit="vit_base_patch16_384", sides=(384, 640, 960, 1280), blocks=5, C=21,
-                     cnn="resnet101", crop=321, photo=(500, 375)),
-         True: dict(vit="vit_toy", sides=(96, 160, 240, 320), blocks=4, C=9, cnn="resnet_toy",
-                    crop=96, photo=(160, 120))}  # --quick
+SIZES = {False: dict(vit="vit_base_patch16_384", sides=(384, 640, 960, 1280), C=21,
+                     cnn="resnet101", crop=321, photo=(500, 375), preset="voc"),
+         True: dict(vit="vit_toy", sides=(96, 160, 240, 320), C=9, cnn="resnet_toy", crop=96,
+                    photo=(160, 120), preset="toy")}  # --quick
+STAGE_1 = {"hv": "", "raster": "--context raster", "none": "--context none",
+           "hv, frozen": "--train-blocks 0"}
+ON_A_GPU = {"hv, --compile": "--compile", "hv, 4 workers": "--workers 4"}
+# images that each stage sees in the paper's run on VOC: minutes = images / speed / 60
+PAPER = {"stage 1, hv": 48 * 10582, "stage 1, hv, frozen": 2 * 10582, "stage 2": 10582,
+         "stage 3": 20_000 * 10, "stage 4, CRF": 1449}
 
 
 def parse_args(argv=None):
-    """How much to measure."""
+    """How much to measure; the arguments also hold the sizes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="toy-sized networks and images")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    parser.add_argument("--only", choices=PARTS, help="measure this part alone")
     parser.add_argument("--out", type=Path, help="write the table to this file, too")
     args = parser.parse_args(argv)
-    vars(args).update(SIZES[args.quick], rows=[])
+    vars(args).update(SIZES[args.quick], workers=min(16, os.cpu_count()))
     return args
 
 
@@ -55,32 +63,12 @@ def milliseconds(device, function):
     return statistics.median(times[1:])
 
 
-def write(args, *lines):
-    """Print lines of the table; what there is of it is in --out at any time."""
-    print(*lines, sep="\n", flush=True)
-    args.rows += lines
+def row(args, part, setting, value, unit, note=""):
+    """Print one more line of the table; what there is of it is in --out at any time."""
+    args.rows.append(f"| {part} | {setting} | {value:.4g} | {unit} | {note} |")
+    print(args.rows[-1], flush=True)
     if args.out:
         run.write_lines(args.out, args.rows)
-
-
-def row(args, part, setting, value, unit, note=""):
-    """One more line of the table."""
-    write(args, f"| {part} | {setting} | {value:.4g} | {unit} | {note} |")
-
-
-def begin(args):
-    """Find the device and args.ceiling, the rate of a matrix product; begin the table."""
-    args.device, _, _ = run.join_processes()
-    gpu = args.device.type == "cuda"
-    args.batches = (16, 10) if gpu or args.quick else (2, 2)
-    args.amp = torch.autocast(args.device.type, torch.bfloat16, gpu)
-    write(args, f"torch {torch.__version__}, {torch.cuda.get_device_name() if gpu else 'no GPU'}, "
-          f"{torch.get_num_threads()} threads{', compiled' if args.compile else ''}", "",
-          "| part | setting | median | unit | |", "|---|---|---|---|---|")
-    side, dtype = (8192, torch.bfloat16) if gpu else (2048, torch.float32)
-    matrix = torch.randn(side, side, dtype=dtype, device=args.device)
-    args.ceiling = 2 * side ** 3 / 1e9 / milliseconds(args.device, lambda: matrix @ matrix)
-    row(args, "matrix product", f"{side}x{side}", args.ceiling, "TFLOP/s", "the ceiling")
 
 
 # --- images ------------------------------------------------------------------------------------
@@ -99,181 +87,114 @@ def texture(args, seed):
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), mask
 
 
-def make_textures(args, root, preset, files, splits):
-    """A data set folder of so many files; splits {name: number of ids}, which begin at the first.
-
-    Ids for which there is no file are links to those that are there.
-    """
+def make_textures(args, root, splits):
+    """A data set folder of textures; splits {name: number of images}: each the first so many."""
     classes, labels = ["background", *(f"thing{c}" for c in range(1, args.C))], []
+    (root / "JPEGImages").mkdir(parents=True)
     for index in range(max(splits.values())):
-        paths = root / f"JPEGImages/{index}.jpg", root / f"SegmentationClass/{index}.png"
-        if index < files:
-            image, mask = texture(args, index)
-            paths[0].parent.mkdir(parents=True, exist_ok=True)
-            image.save(paths[0], quality=90)
-            data.save_mask(paths[1], mask)
-            labels.append(" ".join(classes[c] for c in np.unique(mask)))
-        else:
-            for path in paths:
-                path.symlink_to(f"{index % files}{path.suffix}")
-            labels.append(labels[index % files])
+        image, mask = texture(args, index)
+        image.save(root / f"JPEGImages/{index}.jpg", quality=90)
+        data.save_mask(root / f"SegmentationClass/{index}.png", mask)
+        labels.append(" ".join([f"{index}", *(classes[c] for c in np.unique(mask))]))
     for name, number in splits.items():
         run.write_lines(root / f"ImageSets/Segmentation/{name}.txt", range(number))
-    data.write_folder(root, preset, classes, [f"{i} {names}" for i, names in enumerate(labels)])
+    data.write_folder(root, args.preset, classes, labels)
 
 
 # --- the parts ---------------------------------------------------------------------------------
-def bench_loading(args, folder):
-    """Stage 1's and stage 3's data path: decode, resize, augment, in worker processes."""
-    ids, side = folder.ids("train"), args.sides[0]
-    crops = data.MaskedImages(folder, ids, folder.root / "SegmentationClass", args.crop, (0.5, 1.5),
-                              0, (128, 128, 128))
-    sets = {"load, flip": data.LabelledImages(folder, ids, side, ("flip",)),
+class UsualImages(Dataset):
+    """What one usually writes: image (3, S, S) float32, resized, flipped and normalised."""
+
+    def __init__(self, folder, ids, side):
+        self.paths = [folder.image_path(image_id) for image_id in ids]
+        self.change = transforms.Compose([
+            transforms.Resize((side, side), transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+            transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, item):
+        return self.change(Image.open(self.paths[item[0]]).convert("RGB"))
+
+
+def loading(args, rounds=3):
+    """Stage 1's and stage 3's data path beside a usual one: decode, resize, augment, batch.
+
+    All are measured in turn, `rounds` times: other work on the machine meets each of them.
+    """
+    folder, side = data.Folder(args.root), args.sides[0]
+    ids, masks, fill = folder.ids("val"), folder.root / "SegmentationClass", (128, 128, 128)
+    sets = {"load, flip, usual": UsualImages(folder, ids, side),
+            "load, flip": data.LabelledImages(folder, ids, side, ("flip",)),
             "load, flip, jitter": data.LabelledImages(folder, ids, side, ("flip", "jitter")),
-            "load, rescale, crop, flip": crops}
-    for name, dataset in sets.items():
+            "load, rescale, crop, flip": data.MaskedImages(folder, ids, masks, args.crop,
+                                                           (0.5, 1.5), 0, fill)}
+    speeds = {name: [] for name in sets}
+    for name, dataset in rounds * [*sets.items()]:
         steps = data.batches(len(dataset), 8, 0, 0, 97)
-        args.workers = min(16, os.cpu_count())
         for step, _ in enumerate(data.loader(dataset, args, args.device, batch_sampler=steps)):
             if step == 16:  # those that were loaded ahead are through
                 began = time.perf_counter()
-        row(args, name, "JPEG of %dx%d" % args.photo,
-            8 * (step - 16) / (time.perf_counter() - began), "images/s", f"{args.workers} workers")
+        speeds[name].append(8 * (step - 16) / (time.perf_counter() - began))
+    usual = statistics.median(speeds["load, flip, usual"])
+    for name, found in speeds.items():
+        row(args, name, "JPEG of %dx%d" % args.photo, statistics.median(found), "images/s",
+            f"{args.workers} workers, {statistics.median(found) / usual:.2f} x usual")
 
 
-def classifier(args, context="hv", dropout=0.2):
-    """Stage 1's network, a batch, the loss of its output, and an optimizer."""
-    config = model.ClassifierConfig(args.C, args.vit, context=context, dropout=dropout)
-    net = model.CPFCTE(config).to(args.device)
-    net.train_last(args.blocks)
-    images = torch.rand(args.batches[0], 3, *2 * args.sides[:1]).to(args.device)
-    labels = torch.ones(len(images), args.C, device=args.device)
-    def _loss(Y):
-        return model.classification_loss(model.pool_patches(Y), labels)
-    return net, images, _loss, torch.optim.Adam(net.parameters(), fused=True)
+def stages(args):
+    """Training as it logs itself, masks, predictions: images/s, and the time of the paper's run."""
+    where = ["--data", str(args.root), "--run", str(args.root / "run")]
+    trains = ["--overwrite", "--val-split", "none", "--no-pretrained"]
+    def _speed(name, stage, flags, more=()):
+        began = time.time()
+        try:
+            stage.main(stage.parse_args([*where, *more, *flags.split()]))
+        except (run.DataError, RuntimeError) as error:  # of memory, of a compiler
+            return print(f"{name}: {error}"[:200], flush=True)
+        speed = len(data.Folder(args.root).ids("val")) / (time.time() - began)
+        if more:  # a training logs its own: of its second epoch or round, which is warm
+            log = run.read_text(args.root / "run/log.jsonl").splitlines()
+            speed = json.loads(log[-1])["images_s"]
+        note = f"the paper's: {PAPER[name] / speed / 60:.3g} minutes" if name in PAPER else ""
+        row(args, name, "from files to files", speed, "images/s", note)
+    for name, flags in (STAGE_1 | ON_A_GPU if args.gpu else STAGE_1).items():
+        _speed(f"stage 1, {name}", train_cls, f"--frozen-epochs 0 --epochs 2 {flags}", trains)
+    _speed("stage 2", make_pseudo, "--split val --crf torch --overwrite")
+    iterations = 400 if args.gpu else 4
+    _speed("stage 3", train_seg, f"--iterations {iterations} --save-every {iterations // 2}",
+           [*trains, "--masks", str(args.root / "SegmentationClass")])
+    _speed("stage 4, no CRF", evaluate, "--split val")
+    _speed("stage 4, CRF", evaluate, "--split val --crf torch")
 
 
-def segmenter(args):
-    """The same of stage 3."""
-    net = model.DeepLabv2(model.SegmenterConfig(args.C, args.cnn)).to(args.device)
-    net.freeze_batch_norm()
-    images = torch.rand(args.batches[1], 3, args.crop, args.crop).to(args.device)
-    masks = torch.randint(0, args.C, (len(images), args.crop, args.crop)).to(args.device)
-    def _loss(outputs):
-        return train_seg.multi_scale_loss(outputs, masks)
-    groups = train_seg.parameter_groups(net, 1e-4, 10)
-    return net, images, _loss, torch.optim.SGD(groups, lr=1e-4, fused=True)
-
-
-def train_step(args, network, images, loss, optimizer):
-    """One step of training; the loss before it."""
-    optimizer.zero_grad()
-    value = loss(args.amp(network)(images))
-    value.backward()
-    optimizer.step()
-    return value.detach()
-
-
-def bench_step(args, name, net, *job):
-    """A training step of net, compiled if asked for; returns its milliseconds."""
-    network, images = run.prepare(net, args, 1), job[0]
-    ms = milliseconds(args.device, lambda: train_step(args, network, *job))
-    with FlopCounterMode(display=False) as counter:  # it does not know LSTMs
-        train_step(args, network, *job)
-    rate = counter.get_total_flops() / ms / 1e9
-    row(args, name, f"{tuple(images.shape)}", ms, "ms", f"{1000 * len(images) / ms:.1f} images/s, "
-        f"{rate:.3g} TFLOP/s, {100 * rate / args.ceiling:.0f} % of the ceiling")
-    return ms
-
-
-def bench_classifier(args, context):
-    """Stage 1's step and its parts, forward and backward; inference at growing sizes."""
-    net, images, loss, optimizer = classifier(args, context)
-    def _head(tokens):
-        return loss(net.classifier(net.dropout(tokens)).float().softmax(dim=-1))
-    whole = bench_step(args, f"stage 1 step, {context}", net, images, loss, optimizer)
-    tokens = args.amp(net.patch_tokens)(images).detach().requires_grad_()
-    for name, part, start in (("backbone", net.patch_tokens, images), ("head", _head, tokens),
-                              ("tokens", net.enhance, tokens), ("context", net.fuse, tokens)):
-        ms = milliseconds(args.device, lambda: args.amp(part)(start).sum().backward())
-        row(args, f"- {name}", f"{context}, forward, backward", 100 * ms / whole, "% of the step",
-            f"{ms:.3g} ms")
-    for side in args.sides:
-        picture = torch.rand(1, 3, side, side, device=args.device)
+def context(args):
+    """The share of the context module in stage 1's step, forward and backward, and in inference."""
+    for name in ("raster", "conv", "pool", "hv"):
+        net = model.CPFCTE(model.ClassifierConfig(args.C, args.vit, context=name)).to(args.device)
+        images = torch.rand(16 if args.gpu or args.quick else 2, 3, *2 * args.sides[:1])
+        images = images.to(args.device)
         with torch.no_grad():
-            tokens = args.amp(net.eval().patch_tokens)(picture)
-            ms = milliseconds(args.device, lambda: args.amp(net)(picture))
-            share = 100 * milliseconds(args.device, lambda: args.amp(net.fuse)(tokens)) / ms
-        row(args, f"inference, {context}", f"{side}x{side}", ms, "ms/image",
-            f"context {share:.1f} %")
+            tokens = args.amp(net.patch_tokens)(images)
+        whole, part = (milliseconds(args.device, lambda: args.amp(function)(start).sum().backward())
+                       for function, start in ((net, images), (net.fuse, tokens)))
+        row(args, f"step, {name}", f"{tuple(images.shape)}", whole, "ms",
+            f"context {100 * part / whole:.1f} %")
+        for side in args.sides:
+            picture = torch.rand(1, 3, side, side, device=args.device)
+            with torch.no_grad():
+                tokens = args.amp(net.eval().patch_tokens)(picture)
+                whole, part = (milliseconds(args.device, lambda: args.amp(function)(start))
+                               for function, start in ((net, picture), (net.fuse, tokens)))
+            row(args, f"inference, {name}", f"{side}x{side}", whole, "ms/image",
+                f"context {100 * part / whole:.1f} %")
 
 
-def bench_segmenter(args, image):
-    """Stage 3's step; stage 4 on one image without the CRF, its score against torchmetrics'."""
-    net, *job = segmenter(args)
-    bench_step(args, "stage 3 step", net, *job)
-    ms = milliseconds(args.device, lambda: evaluate.predict(evaluate.predict_logits(
-        net, image, args.device, args.device.type == "cuda"), image))
-    row(args, "stage 4, no CRF", "%dx%d" % args.photo, ms, "ms/image")
-    pair = torch.randint(0, args.C, (2, *args.photo), dtype=torch.uint8)
-    ms = milliseconds(pair.device, lambda: evaluate.confusion_matrix(*pair.numpy(), args.C))
-    ratio = ms / milliseconds(pair.device, lambda: multiclass_jaccard_index(
-        *pair, args.C, ignore_index=data.IGNORE, validate_args=False))
-    row(args, "stage 4, score", "CPU", ms, "ms/image", f"{ratio:.2f} x torchmetrics'")
-
-
-def bench_cpews(args):
-    """CPEWS: a step of the main loop and its parts; with --quick of the toy preset, else of voc."""
-    recipe = cpews.parse_args(["--data", "-", "--run", "-", "--preset", "toy" if args.quick else
-                               "voc", "--ism-from", "0", "--seg-from", "0"])
-    net = cpews_model.CPEWS(cpews_model.CPEWSConfig(
-        args.C, recipe.backbone, recipe.aux_block, recipe.fov_dilation)).to(args.device)
-    net.amp, O, D = args.device.type == "cuda", args.C - 1, net.backbone.embed_dim
-    net.train_encoder(True)
-    images = torch.rand(recipe.batch_size if args.quick or net.amp else 1, 3, recipe.crop,
-                        recipe.crop, device=args.device)
-    y = torch.zeros(len(images), O, device=args.device)
-    y[:, :2] = 1
-    batch = images, images[:, 0] >= 0, y
-    pools = {name: [torch.randn(10, D, device=args.device) for _ in range(O)] for name in "PNU"}
-    def _loss(layers):
-        losses, _ = cpews.batch_losses(net, lambda _: layers, batch, pools, recipe, 0)
-        return sum(losses.values())
-    whole = bench_step(args, "CPEWS step", net.encode, images, _loss,
-                       torch.optim.AdamW(net.parameters(), fused=True))
-    features, aux = (layer.detach().requires_grad_() for layer in net.encode(images))
-    @torch.no_grad()
-    def _cams():
-        encodings = net.encodings(images, recipe.cam_scales).values()
-        return net.cams(encodings, y, images.shape[2:])
-    cams, thresholds = _cams(), (recipe.cam_high, recipe.cam_low)
-    def _labels():
-        return cpews_model.pixel_labels(cams[0], images, y, batch[1], *thresholds,
-                                        recipe.par_dilations)
-    def _prototypes():
-        raw, _ = net.maps(features, aux)
-        f, regions = cpews_model.region_features(raw, features, recipe.mask_threshold)
-        distances = cpews_model.prototype_distances(f, y > 0, pools)
-        scores = cpews_model.false_scores(raw, features, regions, y, pools)
-        (cpews_model.pdl_loss(distances, recipe.temperature)
-         + cpews_model.ssl_loss(scores)).backward()
-    targets = _labels()
-    parts = {"F and A, backward, too": lambda: sum(map(torch.sum, net.encode(images))).backward(),
-             "maps, E6": _cams,
-             "ISM, E7, E8": lambda: cpews_model.ism_loss(features, cpews_model.token_labels(
-                 cams[1], batch[1], aux.shape[2:], *thresholds)).backward(),
-             "prototypes, E9, E11, E12": _prototypes,
-             "pixel labels, E13, E14": _labels,
-             "decoder, E5, E15": lambda: cpews_model.seg_loss(net.segment(features),
-                                                              targets).backward()}
-    for name, part in parts.items():
-        ms = milliseconds(args.device, part)
-        row(args, f"- {name}", f"batch {len(images)}", 100 * ms / whole, "% of the step",
-            f"{ms:.4g} ms")
-
-
-def bench_crf(args, image):
+def dense_crf(args):
     """The dense CRF over all classes, as the field runs it, and over three."""
+    image = torch.from_numpy(np.array(texture(args, 0)[0])).to(args.device)
     names, first = ("pydensecrf", "torch")[not crf.densecrf:], None
     for labels in (args.C, 3):
         maps = 2 * torch.randn(labels, 12, 12, device=args.device)
@@ -285,27 +206,25 @@ def bench_crf(args, image):
                 f"{ms / first:.2f} x {names[0]}'s")
 
 
-def parts(args):
-    """All parts."""
+PARTS = {"loading": loading, "context": context, "crf": dense_crf, "stages": stages}
+
+
+def main(args, parts=PARTS):
+    args.device, _, _ = run.join_processes()
+    args.gpu = args.device.type == "cuda"
+    args.amp = torch.autocast(args.device.type, torch.bfloat16, args.gpu)
+    device = torch.cuda.get_device_name() if args.gpu else "no GPU"
+    args.rows = [f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads", "",
+                 "| part | setting | median | unit | |", "|---|---|---|---|---|"]
+    print(*args.rows, sep="\n")
     with tempfile.TemporaryDirectory() as root:
-        make_textures(args, Path(root), "toy", 16, {"train": 16})
-        folder = data.Folder(root)
-        image = torch.from_numpy(np.array(data.read_image(folder.image_path("0"))))
-        bench_loading(args, folder)
-    for context in ("raster", "conv", "pool", "hv"):
-        bench_classifier(args, context)
-    bench_segmenter(args, image.to(args.device))
-    bench_cpews(args)
-    bench_crf(args, image.to(args.device))
-    row(args, "peak memory", "host", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20,
-        "GiB")
-    if args.device.type == "cuda":
-        row(args, "peak memory", "GPU", torch.cuda.max_memory_allocated() / 2 ** 30, "GiB")
-
-
-def main(args):
-    begin(args)
-    parts(args)
+        args.root = Path(root)
+        chosen = [args.only] if args.only else parts
+        if {"loading", "stages"} & {*chosen}:
+            number, val = (2560, 480) if args.gpu else (64, 16) if args.quick else (32, 8)
+            make_textures(args, args.root, {"train": number, "val": val})
+        for part in chosen:
+            parts[part](args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What does choosing settings on pixel labels buy? Reads a grid's scores, chooses by three of them.
 
-Run:    python extras/ablate.py choose --data DATA --split val     # and once more: --split test
-        python extras/choose.py runs/ablate/DATA/choose-val.csv runs/ablate/DATA/choose-test.csv
+Run:    python extras/study.py choose --data DATA --split val     # and once more: --split test
+        python extras/choose.py runs/study/DATA/choose-val.csv runs/study/DATA/choose-test.csv
         python extras/choose.py docs/results.csv --method "vit_lite0, grid"
 Prints: a table: for every way to choose a setting, the BPM of test that the chosen ones have
 A weakly supervised method that is tuned by masks has seen masks: Choe et al. (arXiv 2001.07437)
@@ -13,7 +13,7 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from ablate import DataError, cells, gain, launch, markdown
+from study import DataError, cells, gain, launch, markdown
 
 CRITERIA = (("BPM of val", "masks of val", "val", "BPM", max),
             ("mAP of val", "image labels of val", "val", "val mAP", max),
@@ -24,7 +24,7 @@ CRITERIA = (("BPM of val", "masks of val", "val", "BPM", max),
 def parse_args(argv=None):
     """Where the scores are."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("csv", type=Path, nargs="+", help="files of ablate.py's scores")
+    parser.add_argument("csv", type=Path, nargs="+", help="files of study.py's scores")
     parser.add_argument("--method", default="", help="rows with this in the column `method`")
     return parser.parse_args(argv)
 

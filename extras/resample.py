@@ -1,7 +1,7 @@
 """Is a gain more than luck of the images? A bootstrap over the images and seeds of two variants.
 
 Run:    python extras/resample.py A B --data data/toy --split test --masks pseudo
-        with A and B folders of ablate.py: runs/ablate/toy/context_none, runs/ablate/toy/default
+        with A and B folders of study.py: runs/study/toy/context_none, runs/study/toy/default
 Prints: the mean mIoU of both over the seeds that both have, B's gain, its 95 % interval over
         images (the same for A and B) and over images and seeds: percentiles of --draws resamples
 An interval over seeds alone says what another run gives on these images; of other images it says

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from support.files import UserError, atomic, lack, open_run
 
-MADE_BY = {"cls": "train_cls.py", "seg": "train_seg.py", "cpews": "extras/cpews.py"}
+MADE_BY = {"cls": "train_cls.py", "seg": "train_seg.py", "cpews": "extras/cpews/train.py"}
 NEEDED = {"cls": "config model optimizer classes ids labels --seed epoch --epochs --size".split(),
           "seg": "config model optimizer classes ids labels --seed step".split(),
           "cpews": "config model optimizer classes ids labels pools --seed step".split()}

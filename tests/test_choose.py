@@ -1,10 +1,10 @@
 """extras/choose.py: which setting each score chooses, and what that is worth on test."""
 import pytest
 
-import ablate
 import choose
+import study
 from support.run import DataError
-from test_extras import calls, study  # noqa: F401  a fixture
+from test_extras import calls, run_study  # noqa: F401  a fixture
 
 HEADS = ("variant", "seed", "split", "metric", "value")
 RUNS = {  # (setting, seed): BPM of val, mAP, loss, BPM of test
@@ -31,9 +31,9 @@ def test_choices_by_hand():
 
 def test_a_grid_is_trained_and_chosen_from(toy, tmp_path, calls, monkeypatch, capsys):  # noqa: F811
     rows = [(f"K {k}", "-", f"--top-k {k} --context none", "--crf none") for k in (1, 12)]
-    monkeypatch.setitem(ablate.STUDIES, "choose", rows)
+    monkeypatch.setitem(study.STUDIES, "choose", rows)
     for split in ("val", "test"):
-        home = study(toy, tmp_path, "choose", "--seeds", "0", "1", "--split", split)
+        home = run_study(toy, tmp_path, "choose", "--seeds", "0", "1", "--split", split)
     assert [script for script, _ in calls].count("evaluate.py") == 8  # the BPM alone
     files = [home / "choose-val.csv", home / "choose-test.csv"]
     choose.main(choose.parse_args([*map(str, files)]))

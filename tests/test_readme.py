@@ -23,13 +23,18 @@ PLAIN = {target: re.findall(r"`(python [^`]+)`", cell) for target, cell in re.fi
 NAME = r"`([\w/]+\.py):([\w.]+)`"
 
 
+def parse_args_of(script):
+    """The function of a script, which may be in a folder: extras/cpews/train.py."""
+    return importlib.import_module(script.removesuffix(".py").replace("/", ".")).parse_args
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("python ", "torchrun "))
                                      and not c.startswith("python -m ")])
 def test_commands_parse(command):
     words = shlex.split(command)
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     assert (ROOT / words[script]).is_file()
-    importlib.import_module(Path(words[script]).stem).parse_args(words[script + 1:])
+    parse_args_of(words[script])(words[script + 1:])
 
 
 def test_make_targets_variables_and_the_flags_they_pass_on_exist():
@@ -51,7 +56,7 @@ def asked_for(words):
     """What a command asks for: the script and its arguments with all defaults, or its words."""
     if words[0] == "-m":
         return {word for word in words if not word.startswith("tests")}
-    arguments = importlib.import_module(Path(words[0]).stem).parse_args(words[1:])
+    arguments = parse_args_of(words[0])(words[1:])
     return words[0], {name: value.strip() if isinstance(value, str) else value
                       for name, value in vars(arguments).items()}
 
@@ -75,7 +80,7 @@ def test_plain_commands_stand_beside_every_target():
 
 
 def test_flags_that_the_text_names_exist():
-    code = "".join(path.read_text() for folder in ("", "support", "extras")
+    code = "".join(path.read_text() for folder in ("", "support", "extras", "extras/cpews")
                    for path in (ROOT / folder).glob("*.py"))
     known = set(re.findall(r'"(--[a-z][\w-]*)"', code)) | {"--help"}
     for page, text in PAGES.items():

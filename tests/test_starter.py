@@ -40,6 +40,8 @@ def test_the_checks_fail_in_the_starter_and_pass_with_the_originals(tmp_path, sc
     for _, _, message in starter.EXERCISES.values():
         assert any(line.endswith(message) for line in failed), message
     assert output.endswith("exit code 0\n"), after
+    assert "Your teacher" in (home / "docs/ANSWERS.md").read_text()
+    assert not {".git", ".venv", "data", "runs"} & {path.name for path in home.iterdir()}
 
 
 def found(tree, name):
@@ -62,13 +64,6 @@ def test_signature_docstring_and_the_rest_of_the_file_stay(file, names, message)
         assert isinstance(new.body[-1], ast.Raise) and len(new.body) <= 2
         old.body = new.body = []  # what is left: signature and decorators
     assert ast.dump(before) == ast.dump(after)
-
-
-def test_the_starter_has_no_answers_no_data_and_no_history(tmp_path):
-    home = written(tmp_path / "assignment")
-    assert "Your teacher" in (home / "docs/ANSWERS.md").read_text()
-    assert not {".git", ".venv", "data", "runs"} & {path.name for path in home.iterdir()}
-    assert {path.name for path in home.glob("*.py")} == {path.name for path in ROOT.glob("*.py")}
 
 
 def test_a_folder_that_exists_or_lies_in_the_repository_is_refused(tmp_path):

@@ -1,6 +1,6 @@
 """CPEWS: its network, labels, prototypes and losses (docs/CPEWS.md: E1 to E12, E14, E15).
 
-extras/cpews.py trains it. Legend: B batch, S side of a crop, O object classes, C = O + 1,
+train.py trains it. Legend: B batch, S side of a crop, O object classes, C = O + 1,
 h x w patch grid, N = h * w, D width; F and A are `features` and `aux`, M = W F is `raw`.
 """
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import IGNORE
+from extras.cpews.par import refine
 from model import Network, Normalise
-from par import refine
 from support.backbones import create_backbone
 from support.run import DataError, read_text
 

@@ -2,7 +2,7 @@
 
 Every pixel takes, ten times, a weighted mean of 8 neighbours at each of several distances. Weights
 say how alike the two colours are, in units of the neighbourhood's own spread, and a little how near
-the neighbour is. From AFA (Ru et al., CVPR 2022). extras/cpews.py calls refine.
+the neighbour is. From AFA (Ru et al., CVPR 2022). model.py calls refine.
 """
 import torch
 import torch.nn.functional as F

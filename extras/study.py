@@ -1,7 +1,7 @@
 """Tables and sweeps of both methods: train and score variants over seeds, tables of each study.
 
-Run:    python extras/ablate.py table4 table5 --data data/toy --jobs 2
-        python extras/ablate.py cpews3 cpews4 cpews5 --data data/toy --jobs 2
+Run:    python extras/study.py table4 table5 --data data/toy --jobs 2
+        python extras/study.py cpews3 cpews4 cpews5 --data data/toy --jobs 2
 Writes: OUT/DATA/FLAGS/sSEED/ (a run folder), OUT/DATA/STUDY-SPLIT.md: scores and differences;
         OUT/DATA/STUDY-SPLIT.csv: every score of every seed, as in docs/results.csv
 Studies share the runs of equal flags, and what is done is skipped: a killed job, another seed or a
@@ -9,7 +9,6 @@ new variant (one line of STUDIES) costs only what is missing.
 """
 import argparse
 import csv
-import io
 import json
 import os
 import shlex
@@ -21,11 +20,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from support.run import DataError, launch, number, write_lines  # noqa: E402  no package
+from support.run import DataError, atomic, launch, number, write_lines  # noqa: E402  no package
 
 K_FLAGS = {1: "--pool max", "N": "--pool avg"}  # so that table5 shares their runs
 # study -> rows: name, the paper's mIoU, flags of train_cls.py, flags of make_pseudo.py; where the
-# first ones begin with "cpews", both are flags of extras/cpews.py
+# first ones begin with "cpews", both are flags of extras/cpews/train.py
 STUDIES = {
     "table4": [("baseline", 65.2, "--class-tokens none --context none", ""),
                ("+ class tokens", 67.1, "--context none", ""),
@@ -67,7 +66,7 @@ STUDIES = {
 }
 METHODS = {  # training, its checkpoint, what makes masks of a split, {column: folder of masks}
     "cls": ("train_cls.py", "cls.pt", "make_pseudo.py --split", {"BPM": "bpm", "CRF": "pseudo"}),
-    "cpews": ("extras/cpews.py", "cpews.pt", "extras/cpews.py --predict",
+    "cpews": ("extras/cpews/train.py", "cpews.pt", "extras/cpews/train.py --predict",
               {"cam": "cam", "pseudo": "pseudo", "pred": "pred"})}
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t at 95 %, df 1 to 9
 
@@ -78,13 +77,13 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("studies", nargs="+", choices=STUDIES, metavar="STUDY", help=", ".join(STUDIES))
     add("--data", type=Path, required=True, help="data set folder")
-    add("--out", type=Path, default=Path("runs/ablate"), help="for runs and tables")
+    add("--out", type=Path, default=Path("runs/study"), help="for runs and tables")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="one run for each")
     add("--split", default="val", help="compare on val; report on test once")
     add("--full", action="store_true", help="train and score DeepLabv2 as well")
     add("--flags", default="", help='more flags of every stage: --flags="--preset voc --workers 8"')
     add("--cls-flags", default="", help="more flags of train_cls.py, for every variant")
-    add("--cpews-flags", default="", help="more flags of extras/cpews.py, likewise")
+    add("--cpews-flags", default="", help="more flags of extras/cpews/train.py, likewise")
     add("--seg-flags", default="", help="more flags of train_seg.py, with --full")
     add("--method", default="", help="what the column `method` of the .csv says, as the backbone")
     add("--tokens", type=Path, help="file of the patch tokens of a frozen backbone, from which "
@@ -141,7 +140,7 @@ def run_deeplab(args, run, method, mask_flags, seed, kept):
         seg.mkdir(exist_ok=True)
         splits = [split for split in ("trainaug", "train")
                   if (args.data / f"ImageSets/Segmentation/{split}.txt").is_file()]
-        call(args, run, "extras/cpews.py", "--predict", splits[0], *mask_flags.split())
+        call(args, run, "extras/cpews/train.py", "--predict", splits[0], *mask_flags.split())
     flags = ["--seed", seed, "--resume", *masks, *shlex.split(args.seg_flags)]
     call(args, seg, "train_seg.py", *flags)
     call(args, seg, "evaluate.py", "--split", args.split)
@@ -249,16 +248,14 @@ def tables(rows, results):
             *(["", *pairs(rows, results, names)] if len(rows) <= 12 else [])]
 
 
-def raw_lines(args, rows, results):
-    """The lines of a .csv: data, method, variant, split, seed, metric, value in %."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow("data method variant split seed metric value".split())
+def raw_rows(args, rows, results):
+    """The rows of a .csv: data, method, variant, split, seed, metric, value in %."""
+    yield "data method variant split seed metric value".split()
     for (variant, *_), of_seeds in zip(rows, results):
         for seed, scores in zip(args.seeds, of_seeds):
-            writer.writerows([args.data.resolve().name, args.method, variant, args.split, seed,
-                              metric, f"{value:.2f}"] for metric, value in scores.items())
-    return text.getvalue().splitlines()
+            for metric, value in scores.items():
+                yield [args.data.resolve().name, args.method, variant, args.split, seed, metric,
+                       f"{value:.2f}"]
 
 
 def main(args):
@@ -275,7 +272,8 @@ def main(args):
         lines = tables(rows, results)
         name = f"{args.data.resolve().name}/{study}-{args.split}{'-full' * args.full}"
         write_lines(args.out / f"{name}.md", lines)
-        write_lines(args.out / f"{name}.csv", raw_lines(args, rows, results))
+        with atomic(args.out / f"{name}.csv") as path, path.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(raw_rows(args, rows, results))
         print(f"\n{study} on {args.data}, {args.split}:", *lines, sep="\n")
 
 

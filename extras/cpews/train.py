@@ -1,51 +1,51 @@
 """CPEWS, the second method: a ViT trained end to end from image labels (E1 to E15, docs/CPEWS.md).
 
-Run:    python extras/cpews.py --data data/toy --run runs/cpews
-        python extras/cpews.py --data data/toy --run runs/cpews --predict test [--crf]
-        python extras/cpews.py --run runs/cpews --image photo.jpg --out photo.png
+Run:    python extras/cpews/train.py --data data/toy --run runs/cpews
+        python extras/cpews/train.py --data data/toy --run runs/cpews --predict test [--crf]
 Reads:  JPEGImages/, image_labels.txt, classes.txt, the splits, superclasses.txt if there is one;
         the ground truth only to score
 Writes: RUN/cpews.pt every --save-every steps, RUN/log.jsonl; with --predict RUN/cam/ID.png and
         RUN/pseudo/ID.png, which know the image labels, and RUN/pred/ID.png, the decoder's, which
-        does not; with --image OUT and OUT's name + _overlay.png
+        does not
 
 B batch, S side of a crop, O object classes, C = O + 1, h x w patch grid, D width.
 """
-import os
 import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Mask
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data, evaluate, train_cls  # noqa: E401, E402  no package
-from cpews_model import (CPEWS, CPEWSConfig, false_scores, ism_loss, make_pools,  # noqa: E402
-                         pdl_loss, pixel_labels, prototype_distances, region_features, seg_loss,
-                         ssl_loss, superclasses, token_labels)
-from data import IGNORE, Folder, Images, loader  # noqa: E402
-from support import crf, run  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data import (AUGMENT, IGNORE, Folder, Images, batches, is_whole, loader,  # noqa: E402
+                  read_mask, save_mask, seeded)
+from evaluate import confusion_matrix, miou, predict, score_masks  # noqa: E402  no package
+from extras.cpews.model import (CPEWS, CPEWSConfig, false_scores, ism_loss,  # noqa: E402
+                                make_pools, pdl_loss, pixel_labels, prototype_distances,
+                                region_features, seg_loss, ssl_loss, superclasses, token_labels)
+from support.crf import add_crf_flags, crf_settings  # noqa: E402
 from support.inference import load_model  # noqa: E402
-from support.run import DataError  # noqa: E402
+from support.run import (FREE, NO_SBD, DataError, check_finite, check_loss,  # noqa: E402
+                         check_masks, claimed, digest, in_workers, join_processes, launch, log,
+                         logged, mean_loss, open_checkpoint, place, prepare, progress,
+                         read_settings, restore, save_checkpoint, stage_flags)
+from train_cls import mean_average_precision  # noqa: E402
 
 WEIGHT_DECAY, POLY_POWER = 0.01, 0.9
 MASK_FLAGS = "cam_scales cam_threshold cam_high cam_low par_dilations scales".split()
 
 
 def parse_args(argv=None):
-    """The flags of training; --predict and --image take cpews.pt's, but for those of masks."""
-    flags = run.stage_flags(__doc__, trains=True)
+    """The flags of training; --predict takes cpews.pt's, but for those of masks."""
+    flags = stage_flags(__doc__, trains=True)
     add = flags.add
     add("--predict", None, "split whose masks to write and score, instead of training")
-    add("--image", None, "segment this one photo instead", type=Path)
-    add("--out", None, "where --image writes its mask", type=Path)
-    add("--train-split", "trainaug", "split to train on", **run.NO_SBD)
+    add("--train-split", "trainaug", "split to train on", **NO_SBD)
     add("--val-split", "val", "split that scores the network at every save; none: no score")
     add("--val-images", 100, "that score is over the first so many images")
     add("--backbone", "vit_base_patch16_224.orig_in21k_ft_in1k", "any plain ViT of timm (or "
@@ -55,8 +55,7 @@ def parse_args(argv=None):
         photo=[1.0, 1.75], nargs=2, low=0.01, high=100)
     add("--jitter", True, "change brightness, contrast and saturation at random", toy=False)
     add("--batch-size", 4, "images of one step", toy=16, photo=16, low=1)
-    add("--iterations", 20000, "steps after the warm-up", coco=80000, toy=300, photo=500,
-        low=1)
+    add("--iterations", 20000, "steps after the warm-up", coco=80000, toy=300, photo=500, low=1)
     add("--warm-up", 2000, "steps with the losses of E4 alone; then come the pools, E10", toy=500,
         photo=400)
     add("--freeze-warm-up", True, "the ViT does not learn in the warm-up", toy=False)
@@ -65,20 +64,15 @@ def parse_args(argv=None):
     add("--seg-from", 2000, "likewise for the decoder, E15", coco=8000, toy=0, photo=0)
     add("--save-every", 1000, "steps between two checkpoints", coco=5000, toy=500, photo=450, low=1)
     add("--lr", 6e-5, "AdamW's rate for the ViT", toy=1e-3, photo=1e-4, low=1e-9, high=10)
-    add("--head-lr", 10.0, "rate of the other layers as a multiple of --lr", toy=1.0, photo=50.0,
-        high=1000)
+    add("--head-lr", 10.0, "the other layers' rate, times --lr", toy=1.0, photo=50.0, high=1000)
     add("--lr-warm-up", 1500, "steps over which the rates rise linearly", toy=100, photo=100)
-    add("--aux-block", 10, "a, the block whose output is A, E2; the last one: A = F", toy=3,
-        photo=1, low=1)
+    add("--aux-block", 10, "a, the block that A is the output of, E2", toy=3, photo=1, low=1)
     add("--fov-dilation", 5, "of the decoder's two 3x3 convolutions, E5", toy=1, photo=1, low=1)
     add("--cam-scales", [1.0, 0.5, 1.5], "input scales of the class maps, E6", toy=[1.0],
         photo=[1.5], nargs="+", low=0.01, high=100)
-    add("--cam-high", 0.7, "foreground is above it, E7 and E14", coco=0.65, toy=0.6,
-        photo=0.3, high=1)
-    add("--cam-low", 0.25, "background is below it; unsure is what lies between", toy=0.45,
-        photo=0.2, high=1)
-    add("--cam-threshold", 0.5, "background's score in RUN/cam", coco=0.45, toy=0.6, photo=0.3,
-        high=1)
+    add("--cam-high", 0.7, "foreground is above it, E7, E14", coco=0.65, toy=0.6, photo=0.3, high=1)
+    add("--cam-low", 0.25, "background is below it; between: unsure", toy=0.45, photo=0.2, high=1)
+    add("--cam-threshold", 0.5, "background's score in cam/", coco=0.45, toy=0.6, photo=0.3, high=1)
     add("--mask-threshold", 0.1, "tau, E9: a region's least score over the largest", high=1)
     add("--prototypes", 10, "K, E10: of a class, at most, positive and negative ones", low=1)
     add("--pool-cam", "aux", "maps whose regions make the pools, E10: main is M, aux is M'",
@@ -94,36 +88,33 @@ def parse_args(argv=None):
         "of the image at half size", toy=[1, 2, 4], photo=[1, 2, 4, 8], nargs="+", low=1, high=1000)
     add("--scales", [1.0, 1.25, 1.5], "input scales of the prediction, which takes their maximum",
         toy=[1.0], photo=[1.5], nargs="+", low=0.01, high=100)
-    crf.add_crf_flags(add, "none", sxy=121.0, srgb=5.0)
+    add_crf_flags(add, "none", sxy=121.0, srgb=5.0)
     return checked(flags, argv)
 
 
 def checked(flags, argv):
     """The arguments, where they go together."""
-    args = flags.parse(argv, needed=("run",))
+    args = flags.parse(argv)
     if args.rescale[0] > args.rescale[1]:
         flags.error("--rescale: the smaller number comes first")
-    if not args.data and not args.image or args.image and args.predict:
-        flags.error("--data is needed, or --image instead of --predict")
-    if args.image and (not args.out or args.out.suffix != ".png"
-                       or args.out.resolve() == args.image.resolve()):
-        flags.error("--image needs --out NAME.png that is not the photo's own")
-    if args.image or args.predict:
-        args.given = {*vars(flags.parser.parse_args(argv))}
-        for name in args.given - {"predict", "image", "out", *MASK_FLAGS, *run.FREE}:
-            if not name.startswith("crf"):
-                flags.error(f"--{name.replace('_', '-')} is for training: cpews.pt has its own")
+    args.given = {*vars(flags.parser.parse_args(argv))} if args.predict else set()
+    for name in args.given - {"predict", *MASK_FLAGS, *FREE}:
+        if not name.startswith("crf"):
+            flags.error(f"--{name.replace('_', '-')} is for training: cpews.pt has its own")
     return args
 
 
 # --- training ----------------------------------------------------------------------------------
 class Crops(Images):
-    """(index, draw) -> image (3, S, S) uint8, where it shows the photo (S, S), labels (O,)."""
+    """(index, draw) -> image (3, S, S) uint8, where it shows the photo (S, S), labels (O,).
+
+    data.MaskedImages without masks, and with the jitter.
+    """
 
     def __init__(self, folder, ids, args, fill):
         super().__init__(folder, ids)
         self.args, self.labels = args, torch.stack([folder.image_labels(i)[1:] for i in ids])
-        self.jitter = data.AUGMENT["jitter"] if args.jitter else v2.Identity()
+        self.jitter = AUGMENT["jitter"] if args.jitter else v2.Identity()
         self.change = v2.Compose([  # outside the photo are the mean colour and IGNORE
             v2.RandomCrop(args.crop, pad_if_needed=True, fill={Image.Image: fill, Mask: IGNORE}),
             v2.RandomHorizontalFlip(), v2.PILToTensor()])
@@ -131,7 +122,7 @@ class Crops(Images):
     def __getitem__(self, item):
         index, draw = item
         image = self.read(index)
-        with data.seeded(self.args.seed, draw):
+        with seeded(self.args.seed, draw):
             scale = torch.empty(()).uniform_(*self.args.rescale).item()
             size = [max(1, round(side * scale)) for side in image.size]
             image = self.jitter(image.resize(size, Image.Resampling.BILINEAR))
@@ -159,7 +150,7 @@ def image_regions(model, folder, ids, args, device):
     """What E10's make_pools takes of every image, whole: f, whether it exists, z, image labels."""
     head = 1 if args.pool_cam == "aux" else 0
     images = loader(Images(folder, ids), args, device, batch_size=None, collate_fn=tuple)
-    for image_id, image, _ in run.progress(images, "prototypes", len(ids)):
+    for image_id, image, _ in progress(images, "prototypes", len(ids)):
         layers = model.layers(photo(image, device), args.cam_scales)
         raw, z = model.maps(*layers)[head], model.scores(*layers)[head]
         f, regions = region_features(raw, layers[0], args.mask_threshold, floor=1e-5)
@@ -173,7 +164,7 @@ def new_pools(model, folder, ids, groups, args, device):
         print(f"{folder.root} has no superclasses.txt: SSL takes all negative prototypes for false")
     regions = image_regions(model.eval(), folder, ids, args, device)
     pools = make_pools(regions, groups, args.prototypes, args.seed)
-    run.log(args.run, "cpews", **{name: sum(map(len, pools[name])) for name in pools})
+    log(args.run, "cpews", **{name: sum(map(len, pools[name])) for name in pools})
     return pools
 
 
@@ -231,9 +222,25 @@ def summary(history):
     """{name: number} of a round's {name: tensors}: of distances the median, else the mean."""
     whole = {name: torch.cat(torch.atleast_1d(parts)).cpu() for name, parts in history.items()}
     z, y = (F.pad(whole.pop(name), (1, 0)) for name in "zy")
-    return dict(train_map=train_cls.mean_average_precision(z, y), **{
+    return dict(train_map=mean_average_precision(z, y), **{
         name: (values.median() if name in ("near", "far") else values.mean()).item()
         for name, values in whole.items() if len(values)})
+
+
+def build(args, device, facts):
+    """(path, checkpoint or None, network, optimizer), as they start or as cpews.pt has them."""
+    path, checkpoint = open_checkpoint(args, "cpews", args.warm_up + args.iterations, **facts)
+    torch.manual_seed(args.seed)
+    config = CPEWSConfig(len(facts["classes"]), args.backbone, args.aux_block, args.fov_dilation)
+    pretrained, weights = (False, None) if checkpoint else (args.pretrained, args.weights)
+    model = CPEWS(config, pretrained, weights).to(device)
+    if args.crop % model.patch:
+        raise DataError(f"--crop {args.crop} is no multiple of a patch's {model.patch} pixels")
+    model.scales, model.amp = args.scales, args.amp
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.head_lr), fused=True,
+                                  weight_decay=WEIGHT_DECAY)
+    restore(path, checkpoint, model=model, optimizer=optimizer)
+    return path, checkpoint, model, optimizer
 
 
 def train(args, device):
@@ -246,30 +253,21 @@ def train(args, device):
 
     # --- model ---
     facts = dict(classes=folder.classes, ids=ids, labels=folder.fingerprint(), superclasses=groups)
-    total, parts = args.warm_up + args.iterations, args.pool_updates + 1
-    path, checkpoint = run.open_checkpoint(args, "cpews", total, **facts)
-    torch.manual_seed(args.seed)
-    config = CPEWSConfig(len(folder.classes), args.backbone, args.aux_block, args.fov_dilation)
-    pretrained, weights = (False, None) if checkpoint else (args.pretrained, args.weights)
-    model = CPEWS(config, pretrained, weights).to(device)
-    if args.crop % model.patch:
-        raise DataError(f"--crop {args.crop} is no multiple of a patch's {model.patch} pixels")
-    model.scales, model.amp = args.scales, args.amp
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.head_lr), fused=True,
-                                  weight_decay=WEIGHT_DECAY)
-    run.restore(path, checkpoint, model=model, optimizer=optimizer)
+    path, checkpoint, model, optimizer = build(args, device, facts)
     done, pools = (checkpoint["step"], checkpoint["pools"]) if checkpoint else (0, None)
 
     # --- train: in rounds, each of which ends with a save ---
     fill = tuple((255 * model.normalise.mean).round().int().flatten().tolist())
-    crops, encode = Crops(folder, ids, args, fill), run.prepare(model.encode, args, 1)
+    crops, encode = Crops(folder, ids, args, fill), prepare(model.encode, args, 1)
+    total, parts = args.warm_up + args.iterations, args.pool_updates + 1
     renewals = {args.warm_up + args.iterations * u // parts for u in range(parts)}
     for first in range(done, total, args.save_every):
         last = min(first + args.save_every, total)
         began, history = time.time(), defaultdict(list)
-        sampler = data.batches(len(ids), args.batch_size, args.seed, first, last)
-        batches = loader(crops, args, device, batch_sampler=sampler)
-        for step, batch in enumerate(run.progress(batches, f"to step {last}", last - first), first):
+        sampler = batches(len(ids), args.batch_size, args.seed, first, last)
+        steps = progress(loader(crops, args, device, batch_sampler=sampler), f"to step {last}",
+                         last - first)
+        for step, batch in enumerate(steps, first):
             if step in renewals and (args.pdl_weight or args.ssl_weight):
                 pools = new_pools(model, folder, ids, groups, args, device)             # E10
             if step in (done, *renewals):
@@ -285,33 +283,23 @@ def train(args, device):
             optimizer.step()
             for name, value in dict(loss=loss, **losses, **seen).items():
                 history[name].append(value.detach())
-            run.check_loss(history["loss"][-1], step + 1, path)
+            check_loss(history["loss"][-1], step + 1, path)
 
         # --- save, score, log ---
         totals = torch.stack(history.pop("loss"))
-        loss = run.mean_loss(totals.sum(), len(totals), 1, model, f"before step {last}", path)
+        loss = mean_loss(totals.sum(), len(totals), 1, model, f"before step {last}", path)
         speed = len(totals) * args.batch_size / (time.time() - began)
-        run.save_checkpoint(path, "cpews", model, args, **facts, step=last, pools=pools,
-                            optimizer=optimizer.state_dict())
-        with run.logged(args.run, "cpews", step=last, of=total, loss=loss, **summary(history),
-                        images_s=speed) as line:
+        save_checkpoint(path, "cpews", model, args, **facts, step=last, pools=pools,
+                        optimizer=optimizer.state_dict())
+        with logged(args.run, "cpews", step=last, of=total, loss=loss, **summary(history),
+                    images_s=speed) as line:
             line.update(validate(model, folder, val_ids, args, device))
 
 
 # --- masks -------------------------------------------------------------------------------------
-def load(args, device):
-    """(network, checkpoint, CRF settings) of RUN/cpews.pt, whose flags args get if not given."""
-    model, checkpoint = load_model(args.run / "cpews.pt", "cpews", CPEWSConfig, CPEWS)
-    vars(args).update({name: value for name, value in checkpoint["args"].items()
-                       if name not in {*args.given, *run.FREE}})
-    model.scales, model.amp = args.scales, args.amp
-    constants = crf.crf_settings(args, device)
-    return model.to(device), checkpoint, constants and constants | dict(gaussian_compat=1)
-
-
 @torch.no_grad()
-def predicted(model, folder, ids, args, device, constants):
-    """Run the network over the images; yields the arguments of finished."""
+def run_network(model, folder, ids, args, device, constants):
+    """The network over the images: yields the arguments of image_masks."""
     model.eval()
     images = loader(Images(folder, ids), args, device, batch_size=None, collate_fn=tuple)
     for image_id, image, _ in images:
@@ -319,7 +307,7 @@ def predicted(model, folder, ids, args, device, constants):
         encoded = model.encodings(whole, {*args.cam_scales, *args.scales})
         cam, aux_cam = model.cams([encoded[s] for s in args.cam_scales], y, whole.shape[2:])
         logits = model.decoded([encoded[s] for s in args.scales], whole.shape[2:])[0]
-        run.check_finite(logits, model)
+        check_finite(logits, model)
         pseudo = pixel_labels(cam, whole, y, whole[:, 0] >= 0, args.cam_high, args.cam_low,
                               args.par_dilations)
         cams = F.pad(torch.cat([cam, aux_cam]), (0, 0, 0, 0, 1, 0), value=args.cam_threshold)
@@ -327,70 +315,75 @@ def predicted(model, folder, ids, args, device, constants):
         yield masks, logits if device.type == "cuda" else logits.cpu().numpy(), image, constants
 
 
-def finished(masks, logits, image, constants):
-    """An image's masks (H, W) uint8: cam/, pseudo/, pred/, and that of the auxiliary maps."""
+def image_masks(masks, logits, image, constants):
+    """{name: mask (H, W) uint8} of one image: of RUN/cam, pseudo, pred, and of the maps of W'."""
     cam, aux, pseudo = masks
-    return cam, pseudo, evaluate.predict(logits, image, constants), aux
+    return dict(cam=cam, pseudo=pseudo, pred=predict(logits, image, constants), aux=aux)
 
 
 def validate(model, folder, ids, args, device):
     """{"val_cam": mIoU, ...} of the masks of those ids that have a ground truth, if any has."""
-    C, ids = len(folder.classes), [i for i in ids if folder.mask_path(i).is_file()]
-    confusions = {name: np.zeros((C, C + 1), np.int64) for name in ("cam", "pseudo", "pred", "aux")}
-    for image_id, job in zip(ids, predicted(model, folder, ids, args, device, None)):
-        truth = data.read_mask(folder.mask_path(image_id), C, job[2].shape[1::-1])
-        for confusion, mask in zip(confusions.values(), finished(*job)):
-            confusion += evaluate.confusion_matrix(mask, truth, C)
+    C, confusions = len(folder.classes), defaultdict(int)
+    ids = [i for i in ids if folder.mask_path(i).is_file()]
+    for image_id, job in zip(ids, run_network(model, folder, ids, args, device, None)):
+        truth = read_mask(folder.mask_path(image_id), C, job[2].shape[1::-1])
+        for name, mask in image_masks(*job).items():
+            confusions[name] += confusion_matrix(mask, truth, C)
     model.train()
-    scores = {f"val_{name}": evaluate.miou(confusion) for name, confusion in confusions.items()}
+    scores = {f"val_{name}": miou(confusion) for name, confusion in confusions.items()}
     return dict(scores, val_images=len(ids)) if ids else {}
 
 
 def write_masks(args, device):
     """Write and score RUN/cam, RUN/pseudo and RUN/pred of a split."""
-    model, checkpoint, constants = load(args, device)
+    # --- the network, with the arguments of its training where none are given ---
+    model, checkpoint = load_model(args.run / "cpews.pt", "cpews", CPEWSConfig, CPEWS)
+    vars(args).update({name: value for name, value in checkpoint["args"].items()
+                       if name not in {*args.given, *FREE}})
+    model.scales, model.amp = args.scales, args.amp
+    constants = crf_settings(args, device)
+    constants = constants and constants | dict(gaussian_compat=1)
     folder = Folder(args.data, checkpoint)
     ids = todo = folder.ids(args.predict)
     check(folder, ids, args)
-    made = dict(
-        cpews=run.digest(args.run / "cpews.pt"), data=str(args.data.resolve()), seed=args.seed,
-        labels=folder.fingerprint(), image_labels_used=True, crf=False,
-        **{name: getattr(args, name) for name in MASK_FLAGS})
+
+    # --- what is there already ---
+    made = dict({name: getattr(args, name) for name in MASK_FLAGS}, seed=args.seed,
+                cpews=digest(args.run / "cpews.pt"), data=str(args.data.resolve()),
+                labels=folder.fingerprint(), image_labels_used=True, crf=False)
     outputs = {args.run / "cam": made, args.run / "pseudo": made, args.run / "pred": made | dict(
         image_labels_used=False, crf=constants is not None,
         constants=constants and constants | dict(backend=None))}  # who computes is free
-    changed = {out: its for out, its in outputs.items() if run.read_settings(out) != its}
+    changed = {out: its for out, its in outputs.items() if read_settings(out) != its}
     if not args.overwrite:
         for out, settings in outputs.items():
-            run.check_masks(out, settings)
-        todo = [i for i in ids if not data.is_whole(*(out / f"{i}.png" for out in outputs))]
-    results = run.in_workers(finished, predicted(model, folder, todo, args, device, constants),
-                             0 if device.type == "cuda" else args.workers)
-    results = run.progress(run.claimed(results, changed, args.overwrite), args.predict, len(todo))
+            check_masks(out, settings)
+        todo = [i for i in ids if not is_whole(*(out / f"{i}.png" for out in outputs))]
+
+    # --- masks and their scores ---
+    jobs = run_network(model.to(device), folder, todo, args, device, constants)
+    results = in_workers(image_masks, jobs, 0 if device.type == "cuda" else args.workers)
+    results = progress(claimed(results, changed, args.overwrite), args.predict, len(todo))
     for masks, image_id in zip(results, todo):
-        for out, mask in zip(outputs, masks):
-            data.save_mask(out / f"{image_id}.png", mask)
+        for out in outputs:
+            save_mask(out / f"{image_id}.png", masks[out.name])
     for out, settings in outputs.items():
-        confusion, truth = evaluate.score_masks(folder, ids, out, args.workers)
+        confusion, truth = score_masks(folder, ids, out, args.workers)
         if truth["num_images"]:
-            run.log(args.run, "cpews", masks=out.name, split=args.predict, **truth,
-                    miou=evaluate.miou(confusion), crf=settings["crf"],
-                    image_labels_used=settings["image_labels_used"])
+            log(args.run, "cpews", masks=out.name, split=args.predict, **truth,
+                miou=miou(confusion), crf=settings["crf"],
+                image_labels_used=settings["image_labels_used"])
 
 
 def main(args):
-    if run.place()[1] > 1:
-        raise DataError("extras/cpews.py is one process: call it without torchrun")
-    device, _, _ = run.join_processes(args.device)
+    if place()[1] > 1:
+        raise DataError("extras/cpews/train.py is one process: call it without torchrun")
+    device, _, _ = join_processes(args.device)
     if args.predict:
         write_masks(args, device)
-    elif args.image:
-        model, checkpoint, constants = load(args, device)
-        args.window = args.stride = None
-        evaluate.segment_photo(args, model, checkpoint["classes"], device, constants)
     else:
         train(args, device)
 
 
 if __name__ == "__main__":
-    run.launch(main, parse_args())
+    launch(main, parse_args())

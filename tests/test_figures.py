@@ -1,0 +1,214 @@
+"""extras/figures.py: what the figures show is what the runs and the code hold."""
+import json
+import shutil
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import evaluate
+import figures
+import make_pseudo
+import train_cls
+import train_seg
+from conftest import in_process
+from data import Folder
+from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig
+from support import run
+from support.run import DataError
+from test_extras import calls, run_study  # noqa: F401  a fixture
+
+TINY = ("--workers", "0", "--batch-size", "4")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """drawn("run", "--run", ...) draws; {file name: the figure}, all of which are pictures."""
+    kept, save = {}, figures.save
+
+    def keep(figure, path, dpi=80):
+        kept[path.name] = figure
+        save(figure, path, dpi)
+        with Image.open(path) as picture:
+            assert picture.mode == "P" and min(picture.size) > 150
+            assert len(picture.convert("RGB").getcolors(10**6)) > 20
+
+    def draw(*words):
+        figures.main(figures.parse_args([str(word) for word in words]))
+        return kept
+
+    monkeypatch.setattr(figures, "save", keep)
+    return draw
+
+
+def texts(figure):
+    """Every text and title of a figure."""
+    return [text.get_text() for axis in figure.axes for text in [*axis.texts, axis.title]]
+
+
+# --- who sees which labels ---------------------------------------------------------------------
+
+def test_the_stages_open_the_images_and_masks_that_the_table_shows(
+        toy, tmp_path, monkeypatch, drawn):
+    opened, decode = set(), data.decode
+
+    def noting(path):
+        opened.add((path.parent.name, path.stem.split("_")[0]))
+        return decode(path)
+
+    monkeypatch.setattr(data, "decode", noting)
+    for stage, words, (name, images, _, masks, files) in zip(
+            (train_cls, make_pseudo, train_seg, evaluate),
+            (("--epochs", "1", *TINY), TINY, ("--iterations", "2", "--val-images", "2", *TINY),
+             ("--workers", "0")), figures.SEES):
+        opened.clear()
+        in_process(stage, "--data", toy, "--run", tmp_path, *words)
+        assert f"{stage.__name__}.py" in name
+        seen = {folder: {split for where, split in opened if where == folder}
+                for folder in ("JPEGImages", "SegmentationClass", "pseudo")}
+        figure_too = {"train"} if stage is evaluate else set()  # figure.png is of training images
+        assert {split for split in ("train", "val", "test") if split in images} == \
+            seen["JPEGImages"] - figure_too
+        assert {split for split in ("train", "val", "test") if split in masks} == \
+            seen["SegmentationClass"] - figure_too
+        assert stage is not train_seg or seen["pseudo"] == {"train"}
+        assert all((tmp_path / file).exists() for file in files.split())
+    figure = drawn("pipeline", "--out", tmp_path)["pipeline.png"]
+    shown = [cell.get_text().get_text() for cell in figure.axes[0].tables[0].get_celld().values()]
+    assert {row[0] for row in figures.SEES} <= {*shown}
+    assert "val: chooses\nby mIoU" in shown and "val: chooses\nby mAP" in shown
+
+
+# --- one's own run -----------------------------------------------------------------------------
+
+LOG = [dict(stage="train_cls", epoch=1, loss=0.9, val_map=0.1),
+       dict(stage="train_cls", epoch=2, loss=0.8, val_map=0.2),
+       dict(stage="train_cls", epoch=3, loss=0.7, val_map=0.3),
+       dict(stage="make_pseudo", masks="BPM", miou=0.5),
+       dict(stage="train_cls", epoch=1, loss=0.6, val_map=None),
+       dict(stage="train_cls", epoch=2, loss=0.5, val_map=0.4)]
+
+
+def test_only_the_last_training_is_drawn(tmp_path, drawn):
+    with pytest.raises(DataError, match="log.jsonl not found: run train_cls.py first"):
+        figures.of_stage(tmp_path, "train_cls", "epoch")
+    for lines, expected in ((LOG[:4], {1: 0.9, 2: 0.8, 3: 0.7}), (LOG, {1: 0.6, 2: 0.5})):
+        run.write_lines(tmp_path / "log.jsonl", map(json.dumps, lines))
+        found = figures.of_stage(tmp_path, "train_cls", "epoch")
+        assert {epoch: line["loss"] for epoch, line in found.items()} == expected
+    run.write_lines(tmp_path / "log.jsonl", map(json.dumps, LOG[3:4]))
+    with pytest.raises(DataError, match="log.jsonl has no line of a training"):
+        drawn("run", "--run", tmp_path)
+
+
+def test_ones_own_run(tmp_path, capsys, drawn):
+    run.write_lines(tmp_path / "log.jsonl", map(json.dumps, LOG))
+    assert list(drawn("run", "--run", tmp_path)) == ["curves.png"]
+    assert "run evaluate.py" in capsys.readouterr().out
+    confusion = np.array([[90, 10, 0, 0], [15, 45, 0, 0], [0, 0, 0, 0]])
+    iou = evaluate.iou_per_class(confusion)
+    results = dict(iou={"background": iou[0], "beetle": iou[1], "never": None}, split="test",
+                   miou=evaluate.miou(confusion), num_images=7, confusion=confusion.tolist(),
+                   checkpoint="a/seg.pt", crf=False)
+    run.write_lines(tmp_path / "results.json", [json.dumps(results)])
+    pictures = drawn("run", "--run", tmp_path)
+    assert {"90", "10", "25", "75"} < set(texts(pictures["confusion.png"]))
+    assert {"78.3", "64.3"} < set(texts(pictures["classes.png"]))  # 90 / 115 and 45 / 70
+    assert "a/seg.pt on test, 7 images, CRF: no" in texts(pictures["classes.png"])
+
+
+@pytest.mark.parametrize("words, told", [
+    (["run"], "--run is needed for run"), ([], "--data is needed for table4"),
+    (["fig8"], "'fig8' is no figure"), (["crf", "--data", "x"], "--run is needed for crf")])
+def test_what_a_figure_needs_is_named(words, told, capsys):
+    with pytest.raises(SystemExit):
+        figures.parse_args(words)
+    assert told in capsys.readouterr().err
+
+
+# --- Table 4 -----------------------------------------------------------------------------------
+
+def test_figures_of_a_tiny_table_4(toy, tmp_path, calls, drawn):  # noqa: F811
+    where = ["--data", str(toy), "--runs", str(tmp_path), "--workers", "0"]
+    with pytest.raises(DataError, match="study.py table4"):
+        drawn(*where)
+    home = run_study(toy, tmp_path, "table4", "--seeds", "0", "1")
+    run_study(toy, tmp_path, "table4", "--seeds", "0", "--split", "test")  # val's stay val's
+    pictures = drawn(*where)
+    assert set(pictures) == {"fig6.png", "fig7.png", "curves.png", "context.png"}
+    legend = pictures["fig7.png"].axes[0].get_legend().get_texts()
+    scores = [json.loads((home / f"default/s{k}/scores-val.json").read_text()) for k in (0, 1)]
+    mean = np.mean([seed["results"]["pseudo"]["miou"] for seed in scores])
+    assert legend[1].get_text() == f"ours, mIoU {100 * mean:.1f} (n = 2)"
+    args = figures.parse_args([*where, "--masks", "bpm"])
+    folder = Folder(toy)
+    means = figures.ranked(args, folder, home / "default/s0", folder.ids("val"))
+    assert len(means) == 8 and list(means.values()) == sorted(means.values())
+    image_id, iou = list(means.items())[-1]
+    truth = np.array(Image.open(toy / "SegmentationClass" / f"{image_id}.png"))
+    guess = np.array(Image.open(home / "default/s0/bpm" / f"{image_id}.png"))
+    by_hand = [((truth == c) & (guess == c)).sum() /
+               ((truth == c) | ((guess == c) & (truth != 255))).sum()
+               for c in set(truth.ravel().tolist()) - {255}]
+    assert iou == pytest.approx(np.mean(by_hand))
+
+
+# --- photographs, one image --------------------------------------------------------------------
+
+def test_photographs_that_may_be_shown_are_drawn_stage_by_stage(toy, tmp_path, monkeypatch, drawn):
+    folder = Folder(toy)
+    content = dict(classes=folder.classes, ids=[], labels=[], optimizer={}, epoch=1, step=1)
+    words = ["--data", str(toy), "--run", str(tmp_path)]
+    for kind, stage, network in (
+            ("cls", train_cls, CPFCTE(ClassifierConfig(9, "vit_toy"))),
+            ("seg", train_seg, DeepLabv2(SegmenterConfig(9, "resnet_toy", (1,), (1.0,))))):
+        run.save_checkpoint(tmp_path / f"{kind}.pt", kind, network, stage.parse_args(words),
+                            **content)
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(DataError, match="pip install scikit-image"):
+        drawn("shown", "--run", tmp_path)
+    random = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    photographs = types.SimpleNamespace(chelsea=lambda: random, camera=lambda: random[..., 0])
+    monkeypatch.setitem(sys.modules, "skimage", types.SimpleNamespace(data=photographs))
+    with pytest.raises(DataError, match="knows none of"):
+        drawn("shown", "--run", tmp_path)
+    monkeypatch.setattr(figures, "SHOWN", dict(zip(("chelsea", "camera"), folder.classes[1:])))
+    assert len(drawn("shown", "--run", tmp_path)["shown.png"].axes) == 2 * 4
+
+
+@pytest.fixture(scope="module")
+def trained(toy, tmp_path_factory):
+    """The run folder of one epoch, with the masks of val."""
+    home = tmp_path_factory.mktemp("drawn")
+    in_process(train_cls, "--data", toy, "--run", home, "--epochs", "1", *TINY)
+    in_process(make_pseudo, "--data", toy, "--run", home, "--split", "val", *TINY)
+    return home
+
+
+def test_the_largest_k_patches_are_framed(toy, trained, tmp_path, drawn):
+    words = ["top-k", "--data", toy, "--runs", tmp_path, "--out", tmp_path]
+    with pytest.raises(DataError, match="extras/study.py top-k --data .* --seeds 0"):
+        drawn(*words)
+    for folder in ("pool_max", "top-k_6", "top-k_12", "pool_avg"):
+        (tmp_path / toy.name / folder / "s0").mkdir(parents=True)
+        shutil.copy(trained / "cls.pt", tmp_path / toy.name / folder / "s0")
+    axes = {axis.title.get_text(): axis for axis in drawn(*words)["top-k.png"].axes}
+    for K, title in ((1, "K = 1"), (6, "K = 6"), (12, "K = 12"), (144, "K = 144 (all)")):
+        values = axes[title].images[0].get_array()
+        inside = [values[int(frame.get_y() + 0.5), int(frame.get_x() + 0.5)]
+                  for frame in axes[title].patches]
+        np.testing.assert_allclose(sorted(inside), np.sort(values.ravel())[-K:])
+
+
+def test_the_crf_begins_with_the_bpm_and_ends_with_the_pseudo_mask(toy, trained, tmp_path, drawn):
+    home = shutil.copytree(trained, tmp_path / "run")
+    words = ["crf", "--data", toy, "--run", home, "--out", tmp_path]
+    scene = figures.Scene(figures.parse_args([str(word) for word in words]))
+    masks = [axis.images[0].get_array() for axis in drawn(*words)["crf.png"].axes
+             if "IoU" in axis.get_title()]
+    for mask, folder in ((masks[0], "bpm"), (masks[3], "pseudo")):
+        expected = data.read_mask(home / folder / f"{scene.id}.png", 9)
+        assert (mask == data.voc_palette()[expected]).all(-1).mean() > 0.999
