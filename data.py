@@ -221,22 +221,28 @@ class LabelledImages(Images):
 class MaskedImages(Images):
     """Stage 3: (index, draw) -> image (3, S, S) uint8, mask (S, S) int64, cut out at random."""
 
-    def __init__(self, folder, ids, masks, crop, rescale, seed, fill):
+    def __init__(self, folder, ids, masks, crop, rescale, seed, fill, jitter=False):
         super().__init__(folder, ids)
         self.masks, self.rescale, self.seed = masks, rescale, seed
         # what lies outside the image is filled with the pixel mean, and ignored
         self.change = v2.Compose([
+            AUGMENT["jitter"] if jitter else v2.Identity(),
             v2.RandomCrop(crop, pad_if_needed=True, fill={Image.Image: fill, Mask: IGNORE}),
             v2.RandomHorizontalFlip(), v2.PILToTensor()])
-        for image_id in ids:
+        for image_id in ids if masks else ():
             if not mask_in(masks, image_id).is_file():
                 raise UserError(f"{masks}/{image_id}.png not found: run make_pseudo.py first, on "
                                 "this split and with a CRF, or pass --masks")
 
+    def mask(self, index, size):
+        """A PIL image; size: the (width, height) that it must have."""
+        path = mask_in(self.masks, self.ids[index])
+        return Image.fromarray(read_mask(path, len(self.folder.classes), size))
+
     def __getitem__(self, item):
         index, draw = item
-        image, path = self.read(index), mask_in(self.masks, self.ids[index])
-        mask = Image.fromarray(read_mask(path, len(self.folder.classes), image.size))
+        image = self.read(index)
+        mask = self.mask(index, image.size)
         with seeded(self.seed, draw):
             scale = torch.empty(()).uniform_(*self.rescale).item()
             size = [max(1, round(side * scale)) for side in image.size]
@@ -280,11 +286,12 @@ def batches(num_images, batch_size, seed, start, stop, rank=0, world=1):
 
 
 def training_batches(dataset, args, device, first, last, what, rank=0, world=1):
-    """Yield (step, images, targets) of steps first to last - 1, on the device, under a bar."""
+    """Yield (step, images, targets ...) of steps first to last - 1, on the device, under a bar."""
     sampler = batches(len(dataset), args.batch_size, args.seed, first, last, rank, world)
     loaded = loader(dataset, args, device, batch_sampler=sampler)
-    for step, (images, targets) in enumerate(progress(loaded, what, last - first, rank > 0), first):
-        yield step, as_input(images, device), targets.to(device, non_blocking=True)
+    bar = progress(loaded, what, last - first, rank > 0)
+    for step, (images, *targets) in enumerate(bar, first):
+        yield step, as_input(images, device), *(of.to(device, non_blocking=True) for of in targets)
 
 
 if __name__ == "__main__":  # make such a folder

@@ -126,7 +126,6 @@ def results_of(folder, split, directory, workers):
         raise UserError(f"no ground truth to score: {folder.root}/SegmentationClass has none of "
                         f"the masks of {split}")
     iou, contours = iou_per_class(confusion), boundary_iou(folder, ids, directory, workers)
-    contours[np.isnan(iou)] = np.nan  # both are over the classes that the truth holds
     results = dict(
         split=split, **truth, miou=miou(confusion), iou=by_name(folder, iou),
         boundary_miou=float(np.nanmean(contours)) if confusion.any() else None,
@@ -240,15 +239,15 @@ def predict_split(args, model, checkpoint, device, crf):
     return folder, about
 
 
-def export(args, ids, crf):
+def export(run, split, ids, crf):
     """Copy RUN/pred to the layout that VOC's test server takes."""
-    for path in (args.run / EXPORT).glob("*.png"):
+    for path in (run / EXPORT).glob("*.png"):
         path.unlink()  # of another split
     for image_id in ids:
-        with atomic(args.run / EXPORT / f"{image_id}.png") as temporary:
-            shutil.copyfile(args.run / "pred" / f"{image_id}.png", temporary)
-    print(f"written: {len(ids):,} masks of {args.split}, CRF: {'yes' if crf else 'no'}; upload "
-          f"the archive of `tar czf results.tgz -C {args.run} results`")
+        with atomic(run / EXPORT / f"{image_id}.png") as temporary:
+            shutil.copyfile(run / "pred" / f"{image_id}.png", temporary)
+    print(f"written: {len(ids):,} masks of {split}, CRF: {'yes' if crf else 'no'}; upload the "
+          f"archive of `tar czf results.tgz -C {run} results`")
 
 
 # --- the stage ---------------------------------------------------------------------------------
@@ -295,7 +294,7 @@ def main(args):
     open_run(args.run)
     folder, about = predict_split(args, model, checkpoint, device, crf)
     if args.export:
-        return export(args, folder.ids(args.split), crf)
+        return export(args.run, args.split, folder.ids(args.split), crf)
     results = about | results_of(folder, args.split, args.run / "pred", args.workers)
     write_lines(args.run / "results.json", [json.dumps(results)])
     print_table(results)

@@ -25,7 +25,11 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data, evaluate, make_pseudo, model, train_cls, train_seg  # noqa: E401, E402  no package
-from support import crf, run  # noqa: E402
+from datasets import write_folder
+from support.files import UserError, read_text, write_lines
+from support.masks import save_mask, voc_palette
+from support.processes import join_processes, launch
+from support import crf  # noqa: E402
 
 SIZES = {False: dict(vit="vit_base_patch16_384", sides=(384, 640, 960, 1280), C=21,
                      cnn="resnet101", crop=321, photo=(500, 375), preset="voc"),
@@ -68,7 +72,7 @@ def row(args, part, setting, value, unit, note=""):
     args.rows.append(f"| {part} | {setting} | {value:.4g} | {unit} | {note} |")
     print(args.rows[-1], flush=True)
     if args.out:
-        run.write_lines(args.out, args.rows)
+        write_lines(args.out, args.rows)
 
 
 # --- images ------------------------------------------------------------------------------------
@@ -82,7 +86,7 @@ def texture(args, seed):
     mask = labels.byte()[_noise(3, 3, 4).argmax(0)].numpy()
     roughness = 24 * (2 * _noise(1, 4, 5)).exp().clamp(max=2)
     grain = _noise(1, H // 2, W // 2) + _noise(1, H // 4, W // 4)
-    colours = 64 + torch.from_numpy(data.voc_palette()[mask]).permute(2, 0, 1) / 2
+    colours = 64 + torch.from_numpy(voc_palette()[mask]).permute(2, 0, 1) / 2
     image = (colours + 8 * _noise(3, 5, 7) + roughness * grain).clamp(0, 255).byte()
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), mask
 
@@ -94,11 +98,11 @@ def make_textures(args, root, splits):
     for index in range(max(splits.values())):
         image, mask = texture(args, index)
         image.save(root / f"JPEGImages/{index}.jpg", quality=90)
-        data.save_mask(root / f"SegmentationClass/{index}.png", mask)
+        save_mask(root / f"SegmentationClass/{index}.png", mask)
         labels.append(" ".join([f"{index}", *(classes[c] for c in np.unique(mask))]))
     for name, number in splits.items():
-        run.write_lines(root / f"ImageSets/Segmentation/{name}.txt", range(number))
-    data.write_folder(root, args.preset, classes, labels)
+        write_lines(root / f"ImageSets/Segmentation/{name}.txt", range(number))
+    write_folder(root, args.preset, classes, labels)
 
 
 # --- the parts ---------------------------------------------------------------------------------
@@ -152,11 +156,11 @@ def stages(args):
         began = time.time()
         try:
             stage.main(stage.parse_args([*where, *more, *flags.split()]))
-        except (run.DataError, RuntimeError) as error:  # of memory, of a compiler
+        except (UserError, RuntimeError) as error:  # of memory, of a compiler
             return print(f"{name}: {error}"[:200], flush=True)
         speed = len(data.Folder(args.root).ids("val")) / (time.time() - began)
         if more:  # a training logs its own: of its second epoch or round, which is warm
-            log = run.read_text(args.root / "run/log.jsonl").splitlines()
+            log = read_text(args.root / "run/log.jsonl").splitlines()
             speed = json.loads(log[-1])["images_s"]
         note = f"the paper's: {PAPER[name] / speed / 60:.3g} minutes" if name in PAPER else ""
         row(args, name, "from files to files", speed, "images/s", note)
@@ -210,7 +214,7 @@ PARTS = {"loading": loading, "context": context, "crf": dense_crf, "stages": sta
 
 
 def main(args, parts=PARTS):
-    args.device, _, _ = run.join_processes()
+    args.device, _, _ = join_processes()
     args.gpu = args.device.type == "cuda"
     args.amp = torch.autocast(args.device.type, torch.bfloat16, args.gpu)
     device = torch.cuda.get_device_name() if args.gpu else "no GPU"
@@ -228,4 +232,4 @@ def main(args, parts=PARTS):
 
 
 if __name__ == "__main__":
-    run.launch(main, parse_args())
+    launch(main, parse_args())

@@ -13,7 +13,7 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from study import DataError, cells, gain, launch, markdown
+from study import UserError, cells, gain, launch, markdown
 
 CRITERIA = (("BPM of val", "masks of val", "val", "BPM", max),
             ("mAP of val", "image labels of val", "val", "val mAP", max),
@@ -67,7 +67,7 @@ def main(args):
     seeds = grid(rows, args.method)
     whole = {(split, metric) for _, _, split, metric, _ in CRITERIA}
     if not seeds or any(whole - {*scores} for runs in seeds.values() for scores in runs.values()):
-        raise DataError(f"{' and '.join(map(str, args.csv))}: needs "
+        raise UserError(f"{' and '.join(map(str, args.csv))}: needs "
                         f"{', '.join(map(' '.join, whole))} of every run of method {args.method!r}")
     print(*choices(seeds), sep="\n")
 

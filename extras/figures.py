@@ -25,14 +25,16 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import make_pseudo  # noqa: E402  the scripts are no package
-from data import IGNORE, Folder, Images, read_image, read_mask, voc_palette  # noqa: E402
+from data import Folder, Images
+from support.files import UserError, atomic, read_text
+from support.masks import IGNORE, read_image, read_mask, voc_palette
+from support.processes import map_in_workers, launch
 from evaluate import confusion_matrix, confusion_of, miou, predict, predict_logits  # noqa: E402
 from study import STUDIES, folder_name  # noqa: E402
-from make_pseudo import present_probs, pseudo_masks  # noqa: E402
+from make_pseudo import class_maps, pseudo_masks  # noqa: E402
 from model import upsample  # noqa: E402
 from support.crf import crf_settings, dense_crf  # noqa: E402
 from support.inference import load_model  # noqa: E402
-from support.run import DataError, atomic, in_workers, launch, read_text  # noqa: E402
 
 # photographs of scikit-image: CC0 or in the public domain, as its documentation says of each
 SHOWN = {"chelsea": "cat", "astronaut": "person", "camera": "person"}
@@ -127,7 +129,7 @@ def of_stage(run, stage, step):
     """{epoch or iteration: line} of a stage in RUN/log.jsonl, of its last training alone."""
     path, lines = run / "log.jsonl", {}
     if not path.is_file():
-        raise DataError(f"{path} not found: run train_cls.py first")
+        raise UserError(f"{path} not found: run train_cls.py first")
     for line in map(json.loads, read_text(path).splitlines()):
         if line["stage"] == stage:  # a training that starts anew replaces what came after its step
             before = {number: old for number, old in lines.items() if number < line[step]}
@@ -144,7 +146,7 @@ def draw_curves(path, runs):
         if any(map(any, logs.values())):
             rows.append((stage, step, score, logs))
     if not rows:
-        raise DataError(f"{', '.join(runs)}: log.jsonl has no line of a training")
+        raise UserError(f"{', '.join(runs)}: log.jsonl has no line of a training")
     figure, axes = plt.subplots(len(rows), 2, figsize=(9, 3 * len(rows)), layout="constrained",
                                 squeeze=False)
     for row, (stage, step, score, logs) in zip(axes, rows):
@@ -220,7 +222,7 @@ def scored_runs(args):
     seeds = [{path.parent.name for path in home.glob(f"s*/{name}")} for home in homes.values()]
     common = sorted(set.intersection(*seeds), key=lambda seed: int(seed[1:]))
     if not common:
-        raise DataError(f"no seed of all four variants in {home}: "
+        raise UserError(f"no seed of all four variants in {home}: "
                         f"run `python extras/study.py table4 --data {args.data}` first")
     return {variant: [(home / seed, json.loads((home / seed / name).read_text()))
                       for seed in common] for variant, home in homes.items()}
@@ -230,7 +232,7 @@ def ranked(args, folder, run, ids):
     """{id: mean IoU of the image's classes} of one run's masks, from the worst to the best."""
     jobs = [(folder, i, run / args.masks) for i in ids if folder.mask_path(i).is_file()]
     means = {job[1]: miou(confusion)
-             for confusion, job in zip(in_workers(confusion_of, jobs, args.workers), jobs)
+             for confusion, job in zip(map_in_workers(confusion_of, jobs, args.workers), jobs)
              if confusion.any()}  # else all of its ground truth is 255
     return dict(sorted(means.items(), key=lambda item: item[1]))
 
@@ -295,13 +297,13 @@ def draw_shown(args):
     try:
         from skimage import data as photographs
     except ImportError:
-        raise DataError("scikit-image has the photographs: pip install scikit-image")
+        raise UserError("scikit-image has the photographs: pip install scikit-image")
     classifier, checkpoint = load_model(args.run / "cls.pt", "cls")
     segmenter, _ = load_model(args.run / "seg.pt", "seg")
     classes, settings = checkpoint["classes"], checkpoint["args"]
     shown = {name: label for name, label in SHOWN.items() if label in classes}
     if not shown:
-        raise DataError(f"{args.run} knows none of {', '.join({*SHOWN.values()})}")
+        raise UserError(f"{args.run} knows none of {', '.join({*SHOWN.values()})}")
     crf, rows = settings_of_crf(args.run, settings["preset"]), []
     for name, label in shown.items():
         photo = Image.fromarray(getattr(photographs, name)()).convert("RGB")
@@ -310,7 +312,7 @@ def draw_shown(args):
         y[[0, classes.index(label)]] = 1
         pixels = photo.resize((settings["size"],) * 2, Image.Resampling.BICUBIC)
         Y = classifier(torch.tensor(np.array(pixels)).permute(2, 0, 1)[None] / 255)[0]
-        masks = *pseudo_masks(image, *present_probs(Y, y), crf), predict(
+        masks = *pseudo_masks(image, *class_maps(Y, y), crf), predict(
             predict_logits(segmenter, image, CPU, False), image, crf)
         rows.append([(f"{name}, label: {label}", image, {})])
         for mask, title in zip(masks, ("BPM (Eq. 10)", "pseudo mask (CRF)", "DeepLabv2 + CRF")):
@@ -341,7 +343,7 @@ class Scene:
         Folder(self.folder.root, checkpoint)  # it has the same classes
         pixels = Images(self.folder, [self.id], checkpoint["args"]["size"])[0][2]
         Y = model(pixels[None] / 255)[0]
-        return checkpoint["args"], Y, *present_probs(Y, self.folder.image_labels(self.id))
+        return checkpoint["args"], Y, *class_maps(Y, self.folder.image_labels(self.id))
 
     def draw(self, path, about, columns):
         """Above image and maps (title, map, frames), below truth and masks; columns of both."""
@@ -360,7 +362,7 @@ def draw_top_k(args):
     for K in (1, 6, 12, "N"):
         path = home / folder_name(flags[f"K = {K}"]) / f"s{args.seed}/cls.pt"
         if not path.is_file():
-            raise DataError(f"{path} not found: run `python extras/study.py top-k --data "
+            raise UserError(f"{path} not found: run `python extras/study.py top-k --data "
                             f"{args.data}` with --seeds {args.seed} first")
         _, Y, present, maps = scene.maps(path)
         values = Y[..., scene.label]

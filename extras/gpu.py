@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench  # noqa: E402
 from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig, upsample  # noqa: E402
 from support.crf import dense_crf  # noqa: E402
-from support.run import launch  # noqa: E402
+from support.processes import launch
 
 
 def outputs_and_gradient(network, images, kind, half):

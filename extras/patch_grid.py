@@ -15,11 +15,14 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import IGNORE, Folder, read_image, read_mask  # noqa: E402  the scripts are no package
+from data import Folder
+from support.files import UserError, progress
+from support.flags import Flags
+from support.masks import IGNORE, read_image, read_mask
+from support.processes import map_in_workers, launch
 from evaluate import confusion_matrix, miou  # noqa: E402
 from make_pseudo import pseudo_masks  # noqa: E402
 from support.crf import add_crf_flags, crf_settings  # noqa: E402
-from support.run import DataError, Flags, in_workers, launch, progress  # noqa: E402
 
 KINDS = ("labels", "shares")
 
@@ -65,10 +68,10 @@ def main(args):
     folder = Folder(args.data)
     ids = [i for i in folder.ids(args.split) if folder.mask_path(i).is_file()]
     if not ids:
-        raise DataError(f"{args.data}/SegmentationClass has no mask of {args.split}")
+        raise UserError(f"{args.data}/SegmentationClass has no mask of {args.split}")
     crf = crf_settings(args, torch.device("cpu"))
     jobs = [(folder, image_id, args.sides, crf) for image_id in ids]
-    counts = sum(progress(in_workers(reduced, jobs, args.workers), args.split, len(ids)))
+    counts = sum(progress(map_in_workers(reduced, jobs, args.workers), args.split, len(ids)))
     print(f"patch-grid bound on {args.split} of {args.data}, {len(ids):,} images, mIoU %")
     for side, of_side in zip(args.sides, counts):
         for kind, of_kind in zip(KINDS, of_side):

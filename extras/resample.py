@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import Folder  # noqa: E402  no package
 from evaluate import confusion_of, miou  # noqa: E402
-from support.run import DataError, launch, number  # noqa: E402
+from support.files import UserError
+from support.flags import number
+from support.processes import launch
 
 
 def parse_args(argv=None):
@@ -53,7 +55,7 @@ def main(args):
     seeds = sorted(path.name for path in args.runs[0].glob("s[0-9]*")
                    if (args.runs[1] / path.name / args.masks).is_dir())
     if not seeds or not ids:
-        raise DataError(f"{args.runs[0]} and {args.runs[1]} share no sSEED/{args.masks}, or "
+        raise UserError(f"{args.runs[0]} and {args.runs[1]} share no sSEED/{args.masks}, or "
                         f"{args.split} has no ground truth")
     first, second = (np.array([[confusion_of(folder, i, run / seed / args.masks) for i in ids]
                                for seed in seeds]) for run in args.runs)

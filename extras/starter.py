@@ -12,7 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from support.run import DataError, launch, write_lines  # noqa: E402  the scripts are no package
+from support.files import UserError, write_lines
+from support.processes import launch
 
 # check (make check EQ=...): script, functions, what the error says is to be written
 EXERCISES = {
@@ -56,7 +57,7 @@ def parse_args(argv=None):
 
 def main(args):
     if args.dir.exists() or args.dir.resolve().is_relative_to(ROOT):
-        raise DataError(f"{args.dir} exists, or lies in the repository: choose another folder")
+        raise UserError(f"{args.dir} exists, or lies in the repository: choose another folder")
     left_out = shutil.ignore_patterns(".*", "__pycache__", "data", "runs", "ANSWERS.md")
     shutil.copytree(ROOT, args.dir, ignore=left_out)
     shutil.copy(ROOT / ".gitignore", args.dir)

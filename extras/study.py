@@ -20,7 +20,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from support.run import DataError, atomic, launch, number, write_lines  # noqa: E402  no package
+from support.files import UserError, atomic, write_lines
+from support.flags import number
+from support.processes import launch
 
 K_FLAGS = {1: "--pool max", "N": "--pool avg"}  # so that table5 shares their runs
 # study -> rows: name, the paper's mIoU, flags of train_cls.py, flags of make_pseudo.py; where the
@@ -58,7 +60,10 @@ STUDIES = {
     "cpews4": [("cls + seg", "-", "cpews --ism-weight 0 --pdl-weight 0 --ssl-weight 0", ""),
                ("+ ISM", "-", "cpews --pdl-weight 0 --ssl-weight 0", ""),
                ("+ PDL", "-", "cpews --ssl-weight 0", ""), ("+ SSL", "-", "cpews", ""),
-               ("+ SSL at 0.05, U = N", "-", "cpews --ssl-weight 0.05 --no-superclasses", "")],
+               ("+ SSL at 0.05, U = N", "-", "cpews --ssl-weight 0.05 --ssl-pool all", "")],
+    "ssl": [("no SSL", "-", "cpews --ssl-weight 0", "")] + [
+        (f"U: {pool}, {weight}", "-", f"cpews --ssl-pool {pool} --ssl-weight {weight}", "")
+        for pool in ("unshared", "all") for weight in (0.001, 0.003, 0.01)],
     "cpews5": [(f"block {a}", "-", "cpews" + f" --aux-block {a}" * (a != 3), "")
                for a in (2, 3, 4)],
     "cpews5-voc": [(f"block {a}", "-", "cpews" + f" --aux-block {a}" * (a != 10), "")
@@ -109,16 +114,17 @@ def call(args, run, script, *flags):
         code = subprocess.call(command, stdout=file, stderr=file, env=env)
     if code:
         last = log.read_text().splitlines()[-1]
-        raise DataError(f"{script} ended with code {code} ({log}): {last}")
+        raise UserError(f"{script} ended with code {code} ({log}): {last}")
 
 
 def columns_of(results, prefix):
-    """{column: %} of one score: the parts or objects that it finds, background called object."""
+    """{column: %} of one score: parts or objects found, background called object, contours."""
     (background, *rest), *objects = rows = results["confusion"]
     whole = sum(row[c] for c, row in enumerate(rows) if c) / max(1, sum(map(sum, objects)))
     parts = results.get("part_recall") or {"object": whole}
     return {f"{prefix}{part} found": 100 * recall for part, recall in parts.items()} | {
-        f"{prefix}background called object": 100 * sum(rest) / (background + sum(rest))}
+        f"{prefix}background called object": 100 * sum(rest) / (background + sum(rest)),
+        f"{prefix}boundary IoU": 100 * results["boundary_miou"]}
 
 
 def of_training(run):
@@ -162,7 +168,7 @@ def run_variant(args, train_flags, mask_flags, seed):
     saved = json.loads(note.read_text()) if note.is_file() else {}
     same = 3 if args.full and "DeepLabv2" in saved.get("scores", ()) else 2  # masks know no stage 3
     if saved and saved["settings"][:same] != settings[:same]:
-        raise DataError(f"{note} is of other data or flags: choose another --out")
+        raise UserError(f"{note} is of other data or flags: choose another --out")
     if saved and ("DeepLabv2" in saved["scores"] or not args.full):
         return saved["scores"]
     run.mkdir(parents=True, exist_ok=True)

@@ -38,14 +38,16 @@ def boundary_region(mask, label):
 
 
 def boundary_counts(folder, image_id, directory):
-    """(2, C) int64 of an image: pixels in both, in one of the regions of prediction and truth."""
+    """(3, C) int64 of an image: pixels of the regions of prediction and truth that lie in both, in
+    either, and in the truth's.
+    """
     C = len(folder.classes)
     truth = read_mask(folder.mask_path(image_id), C)
     mask = np.where(truth == IGNORE, IGNORE, read_mask(mask_in(directory, image_id), C))
-    counts = np.zeros((2, C), np.int64)
+    counts = np.zeros((3, C), np.int64)
     for label in {*np.unique([mask, truth]).tolist()} - {IGNORE}:
         ours, true = boundary_region(mask, label), boundary_region(truth, label)
-        counts[:, label] = (ours & true).sum(), (ours | true).sum()
+        counts[:, label] = (ours & true).sum(), (ours | true).sum(), true.sum()
     return counts
 
 
@@ -53,11 +55,11 @@ def boundary_iou(folder, ids, directory, workers=0):
     """(C,) float64: each class's IoU of boundary regions (Cheng et al., CVPR 2021) over all images.
 
     It judges contours, which large objects hide in mIoU. Pixels whose truth is 255 belong to no
-    class on either side; NaN for a class that is on neither.
+    class on either side; NaN for a class that the truth does not hold.
     """
     jobs = [(folder, i, directory) for i in ids if folder.mask_path(i).is_file()]
-    both, either = sum(map_in_workers(boundary_counts, jobs, workers))
-    return np.where(either > 0, both / np.maximum(either, 1), np.nan)
+    both, either, true = sum(map_in_workers(boundary_counts, jobs, workers))
+    return np.where(true > 0, both / np.maximum(either, 1), np.nan)
 
 
 def note_shared(ids, val_ids):

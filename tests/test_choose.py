@@ -3,7 +3,7 @@ import pytest
 
 import choose
 import study
-from support.run import DataError
+from support.files import UserError
 from test_extras import calls, run_study  # noqa: F401  a fixture
 
 HEADS = ("variant", "seed", "split", "metric", "value")
@@ -38,5 +38,5 @@ def test_a_grid_is_trained_and_chosen_from(toy, tmp_path, calls, monkeypatch, ca
     files = [home / "choose-val.csv", home / "choose-test.csv"]
     choose.main(choose.parse_args([*map(str, files)]))
     assert "| training loss | image labels of train | " in capsys.readouterr().out
-    with pytest.raises(DataError, match="choose-val.csv: needs .*test BPM"):
+    with pytest.raises(UserError, match="choose-val.csv: needs .*test BPM"):
         choose.main(choose.parse_args([str(files[0])]))

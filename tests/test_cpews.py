@@ -3,6 +3,7 @@ import json
 import math
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,16 +11,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import data
 import evaluate
 import train_seg
 from conftest import in_process
 from data import Folder
 from datasets import beetles, coco as coco_maker, voc as voc_maker
+from support.files import UserError, write_lines
+from support.masks import read_image, read_mask
 from extras.cpews import model as cpews_model, par, train as cpews
 from extras.cpews.model import CPEWS, CPEWSConfig
-from support import run
-from support.run import DataError
 
 VOC_DILATIONS = (1, 2, 4, 8, 12, 24)
 SHORT = ("--warm-up 3 --iterations 6 --ism-from 1 --seg-from 2 --crop 48 --batch-size 4 "
@@ -272,12 +272,23 @@ def test_negatives_with_a_relative_are_not_in_u():
     assert made["N"][2][:, 0].tolist() == [0, 3] and made["U"][2].shape == (0, 2)
 
 
+def test_u_looks_further_where_it_is_told_to():
+    """The best negatives of a show its relative b: with K = 2 nothing is left of them for U."""
+    images = [([[n, 0.0]] * 3, [1 - n / 9] * 3, y) for n, y in enumerate(
+        ([0.0, 1, 0], [0.0, 1, 1], [0.0, 0, 1], [0.0, 0, 0], [0.0, 0, 1], [1.0, 0, 0]))]
+    filtered, further = (cpews_model.make_pools(regions_of(*images), [0, 0, 1], 2, 0, look_further)
+                         for look_further in (False, True))
+    assert filtered["U"][0].shape == (0, 2) and further["U"][0][:, 0].tolist() == [2, 3]
+    for name in "PN":
+        assert all(map(torch.equal, filtered[name], further[name]))
+
+
 def test_regions_come_from_the_trained_pairs_and_scores_from_the_maximum(toy):
     """M = W F, or M' = W' A with --pool-cam aux; the feature is F's; z is E3's, no mean of M."""
     W, aux_W = [[1, 0, 0]] * 8, [[0, -1, 0]] * 8  # A is -F: M' is the second channel
     model, folder = pixel_network(W, aux_W), Folder(toy)
     image_id = folder.ids("train")[0]
-    image = np.array(data.read_image(folder.image_path(image_id))) / 255
+    image = np.array(read_image(folder.image_path(image_id))) / 255
     for cam, map_, best in (("main", image[..., 0], image[..., 0].max()),
                             ("aux", image[..., 1], image[..., 1].min())):
         args = cpews.parse_args(["--data", str(toy), "--run", "r", "--pool-cam", cam,
@@ -418,6 +429,19 @@ def test_the_rate_is_that_of_the_release():
         assert cpews.rate(step, 20000, 1500) == approx(factor)
 
 
+def test_what_learns_later_warms_up_from_then_on(toy):
+    args = cpews.parse_args(["--data", str(toy), "--run", "r", "--preset", "voc"])
+    model = SimpleNamespace(backbone=torch.nn.Linear(2, 2), named_parameters=lambda: [])
+    vit, others = cpews.parameter_groups(model, args)
+    assert (vit["first"], others["first"]) == (2000, 0)  # it is frozen for the first 2,000 steps
+    assert cpews.rate(2000, 22000, 1500, vit["first"]) == approx(1e-6)
+    assert cpews.rate(2750, 22000, 1500, vit["first"]) == approx(0.5, abs=1e-6)
+    assert cpews.rate(3500, 22000, 1500, 2000) == cpews.rate(3500, 22000, 1500)  # risen: one decay
+    args = cpews.parse_args(["--data", str(toy), "--run", "r", "--preset", "voc",
+                             "--no-freeze-warm-up"])
+    assert cpews.parameter_groups(model, args)[0]["first"] == 0
+
+
 def test_inside_is_where_the_photo_is(toy_copy):
     """A white photo on a fill of another colour, over many crops, half of them flipped."""
     folder = Folder(toy_copy)
@@ -540,9 +564,9 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_prototypes(small, tmp_path
     whole, again = flat(whole), flat(again)
     assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
     in_process(cpews, "--data", small, "--run", tmp_path / "killed", *SHORT, *flags, "--resume")
-    with pytest.raises(DataError, match="made with --temperature 13.0, now it is 9.0"):
+    with pytest.raises(UserError, match="made with --temperature 13.0, now it is 9.0"):
         trained(small, tmp_path / "killed", *flags, "--resume", "--temperature", "9")
-    with pytest.raises(DataError, match="cpews.pt exists: --resume goes on"):
+    with pytest.raises(UserError, match="cpews.pt exists: --resume goes on"):
         trained(small, tmp_path / "killed", *flags)
 
 
@@ -626,7 +650,7 @@ def test_the_masks_are_those_of_the_equations(finished, small, tmp_path):
     in_process(cpews, "--data", small, "--run", home, "--workers", "0", "--predict", "val",
                "--cam-low", "0.2")
     model, checkpoint = cpews.load_model(home / "cpews.pt", "cpews", CPEWSConfig, CPEWS)
-    image = np.array(data.read_image(folder.image_path(image_id)))
+    image = np.array(read_image(folder.image_path(image_id)))
     x, y = torch.tensor(image).permute(2, 0, 1)[None] / 255, folder.image_labels(image_id)[None, 1:]
     with torch.no_grad():
         cam, _ = cams(model, x, y, [1.0])
@@ -635,7 +659,7 @@ def test_the_masks_are_those_of_the_equations(finished, small, tmp_path):
     expected = torch.where(cam[0].amax(0) > args["cam_threshold"], cam[0].argmax(0) + 1, 0)
     labels = cpews_model.pixel_labels(cam, x, y, x[:, 0] >= 0, args["cam_high"], 0.2, [1])
     assert expected.any() and {0, 255} < {*labels.flatten().tolist()}
-    masks = {name: data.read_mask(home / name / f"{image_id}.png", 9)
+    masks = {name: read_mask(home / name / f"{image_id}.png", 9)
              for name in ("cam", "pseudo", "pred")}
     assert (masks["cam"] == expected.numpy()).mean() > 0.999
     assert (masks["pred"] == best.numpy()).mean() > 0.999
@@ -643,6 +667,27 @@ def test_the_masks_are_those_of_the_equations(finished, small, tmp_path):
     assert set(np.unique(masks["pseudo"])) <= {0, 255, *(y[0].nonzero().flatten() + 1).tolist()}
     made = json.loads((home / "pseudo/settings.json").read_text())
     assert (made["cam_low"], made["par_dilations"], made["seed"]) == (0.2, [1], 7)
+
+
+def test_a_split_without_image_labels_gets_predictions_and_an_archive(
+        finished, small, tmp_path, capsys):
+    """VOC's test: no labels and no truth, only what its server scores."""
+    home = shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("*.png"))
+    data = shutil.copytree(small, tmp_path / "data")
+    ids = Folder(data).ids("val")
+    edit(data / "image_labels.txt", lambda text: re.sub(r"val_.*\n", "", text))
+    in_process(cpews, "--data", data, "--run", home, "--workers", "0", "--predict", "val",
+               "--export")
+    archive = home / evaluate.EXPORT
+    assert sorted(path.stem for path in archive.glob("*.png")) == sorted(ids)
+    assert not [*home.glob("cam/*.png"), *home.glob("pseudo/*.png")]
+    told = capsys.readouterr().out
+    assert f"no line for {ids[0]} and {len(ids) - 1} more" in told and "miou" not in told
+    in_process(cpews, "--data", small, "--run", tmp_path / "run", "--workers", "0", "--predict",
+               "val", "--overwrite")  # labels do not change what the decoder says
+    for image_id in ids:
+        paths = archive / f"{image_id}.png", home / f"pred/{image_id}.png"
+        assert np.array_equal(*(read_mask(path, 9) for path in paths))
 
 
 def test_splits_share_folders_and_nothing_is_mixed_or_lost(finished, small, tmp_path, capsys):
@@ -660,11 +705,11 @@ def test_splits_share_folders_and_nothing_is_mixed_or_lost(finished, small, tmp_
     for name in ("cam", "pseudo", "pred"):
         confusion, _ = evaluate.score_masks(folder, folder.ids("val")[:2], home / name)
         assert evaluate.miou(confusion) == approx(last[f"val_{name}"])
-    with pytest.raises(DataError, match="cam holds masks .*--overwrite replaces them"):
+    with pytest.raises(UserError, match="cam holds masks .*--overwrite replaces them"):
         in_process(*where, "val", "--cam-high", "0.7")
-    with pytest.raises(DataError, match="pred holds masks .*--overwrite replaces them"):
+    with pytest.raises(UserError, match="pred holds masks .*--overwrite replaces them"):
         in_process(*where, "val", "--crf")
-    with pytest.raises(DataError, match="--cam-low is to lie below --cam-high"):
+    with pytest.raises(UserError, match="--cam-low is to lie below --cam-high"):
         in_process(*where, "val", "--cam-high", "0.3", "--overwrite")
     in_process(*where, "val", "--crf", "--overwrite")
     assert all(path.is_file() for path in before if path.parent.name != "pred")
@@ -686,8 +731,8 @@ def test_the_makers_write_superclasses(toy, coco, tmp_path):
                                        r'\1"kind\2"', text))
     coco_maker.make_coco(coco, counts={"train": (5, 4), "val": (3, 2)})
     assert cpews_model.superclasses(Folder(coco)) == [*range(80)]
-    run.write_lines(tmp_path / "superclasses.txt", voc_maker.VOC_SUPERCLASSES)
-    run.write_lines(tmp_path / "classes.txt", voc_maker.VOC_CLASSES)
+    write_lines(tmp_path / "superclasses.txt", voc_maker.VOC_SUPERCLASSES)
+    write_lines(tmp_path / "classes.txt", voc_maker.VOC_CLASSES)
     groups = dict(zip(voc_maker.VOC_CLASSES[1:], cpews_model.superclasses(Folder(tmp_path))))
     alike = [{name for name in groups if groups[name] == k} for k in range(4)]
     assert [len(names) for names in alike] == [1, 6, 7, 6] and alike[0] == {"person"}
@@ -703,10 +748,10 @@ def test_without_superclasses_all_negatives_count(small, tmp_path, capsys):
     assert "has no superclasses.txt: SSL takes all negative" in capsys.readouterr().out
     assert any(len(U) for U in pools["U"])
     assert all(torch.equal(N, U) for N, U in zip(pools["N"], pools["U"]))
-    flag = trained(small, tmp_path / "flag", "--iterations", "1", "--no-superclasses")["pools"]
+    flag = trained(small, tmp_path / "flag", "--iterations", "1", "--ssl-pool", "all")["pools"]
     assert all(torch.equal(N, U) for N, U in zip(pools["N"], flag["U"]))
     shutil.copy(small / "superclasses.txt", folder)
-    with pytest.raises(DataError, match="cpews.pt was made with other superclasses"):
+    with pytest.raises(UserError, match="cpews.pt was made with other superclasses"):
         trained(folder, tmp_path / "run", "--iterations", "1", "--resume")
 
 
@@ -722,7 +767,7 @@ FITS = "superclasses.txt: a line is 'SUPERCLASS CLASS CLASS ...'"
     ("", "superclasses.txt", ("checks_red", ""), FITS),
     ("", "superclasses.txt", ("checks_red", "unicorn"), FITS),
     ("", "superclasses.txt", ("checks_red", "checks_red checks_red"), FITS),
-    ("--no-superclasses", "classes.txt", (r"\n(.|\n)*", "\n"), "no class but background"),
+    ("--ssl-pool all", "classes.txt", (r"\n(.|\n)*", "\n"), "no class but background"),
     ("", "image_labels.txt", ("val_00000 ", "nobody "), "no label for val_00000"),
     ("--predict val", "", None, "cpews.pt not found: run extras/cpews/train.py first")])
 def test_what_cannot_be_is_told_in_one_line_before_training(
@@ -732,13 +777,14 @@ def test_what_cannot_be_is_told_in_one_line_before_training(
     if file:
         edit(folder / file, lambda text: re.sub(*change, text))
     short = ("--workers", "0") if "--predict" in flags else SHORT
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(UserError, match=words):
         in_process(cpews, "--data", folder, "--run", tmp_path / "run", *short, *flags.split())
 
 
 @pytest.mark.parametrize("words, told", [
     ("--rescale 2 1", "--rescale: the smaller number comes first"), ("--pool-cam both", "pool-cam"),
-    ("--predict val --aux-block 2", "--aux-block is for training: cpews.pt has its own")])
+    ("--predict val --aux-block 2", "--aux-block is for training: cpews.pt has its own"),
+    ("--export", "--predict names their split")])
 def test_a_flag_that_cannot_be_is_named(words, told, capsys):
     with pytest.raises(SystemExit):
         cpews.parse_args([*TOY[:4], *words.split()])

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import evaluate
 import make_pseudo
 import patch_grid
@@ -19,8 +18,8 @@ import train_cls
 import train_seg
 from conftest import in_process
 from extras.cpews import train as cpews
-from support import run
-from support.run import DataError
+from support.files import UserError, write_lines
+from support.masks import save_mask
 
 MODULES = {"train_cls.py": train_cls, "make_pseudo.py": make_pseudo, "train_seg.py": train_seg,
            "evaluate.py": evaluate, "extras/cpews/train.py": cpews}
@@ -120,7 +119,7 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(toy, tmp_path, calls, ca
     run_study(toy, tmp_path, "max-norm", "--seeds", "0", "1")
     assert {run for _, run in calls} == {"s1", "no-max-norm"}
     assert "| without | - | 2 |" in (home / "max-norm-val.md").read_text()
-    with pytest.raises(DataError, match="other data or flags: choose another --out"):
+    with pytest.raises(UserError, match="other data or flags: choose another --out"):
         study.main(study.parse_args(["max-norm", "--data", str(toy), "--out", str(tmp_path)]))
 
 
@@ -137,7 +136,7 @@ def test_full_trains_and_scores_deeplab(toy, tmp_path, calls):
     calls.clear()
     run_study(toy, tmp_path, "max-norm", "--seeds", "0", "--seg-flags", seg)  # the same runs
     assert not calls
-    with pytest.raises(DataError, match="other data or flags"):
+    with pytest.raises(UserError, match="other data or flags"):
         run_study(toy, tmp_path, "max-norm", "--seeds", "0", "--full",
                   "--seg-flags", "--iterations 3")
 
@@ -195,7 +194,7 @@ def test_a_command_keeps_its_output_and_a_failing_one_is_named(toy, tmp_path):
     study.call(args, tmp_path, "evaluate.py", *truth, "val")
     output = (tmp_path / "out.txt").read_text()
     assert "--split val --workers 0" in output and "mIoU 100.00 %" in output
-    with pytest.raises(DataError, match="evaluate.py ended with code 1 .*none.txt not found"):
+    with pytest.raises(UserError, match="evaluate.py ended with code 1 .*none.txt not found"):
         study.call(args, tmp_path, "evaluate.py", *truth, "none")
 
 
@@ -218,12 +217,12 @@ def test_a_grid_as_fine_as_the_image_loses_nothing_and_one_patch_almost_all():
 
 def one_image(root, mask, flags=()):
     """patch_grid.py on a data set of one image, which is grey where the mask is 1, else blue."""
-    data.save_mask(root / "SegmentationClass/a.png", mask)
+    save_mask(root / "SegmentationClass/a.png", mask)
     (root / "JPEGImages").mkdir(exist_ok=True)
     colours = np.where(mask[..., None], 200, np.uint8([[[20, 40, 60]]]))
     Image.fromarray(colours).save(root / "JPEGImages/a.png")
-    run.write_lines(root / "classes.txt", ["background", "thing"])
-    run.write_lines(root / "ImageSets/Segmentation/val.txt", ["a"])
+    write_lines(root / "classes.txt", ["background", "thing"])
+    write_lines(root / "ImageSets/Segmentation/val.txt", ["a"])
     patch_grid.main(patch_grid.parse_args(["--data", str(root), "--workers", "0", *flags]))
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
 import evaluate
 import figures
 import make_pseudo
@@ -17,8 +16,9 @@ import train_seg
 from conftest import in_process
 from data import Folder
 from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig
-from support import run
-from support.run import DataError
+from support.checkpoints import save_checkpoint
+from support.files import UserError, write_lines
+from support.masks import decode, read_mask, voc_palette
 from test_extras import calls, run_study  # noqa: F401  a fixture
 
 TINY = ("--workers", "0", "--batch-size", "4")
@@ -53,13 +53,13 @@ def texts(figure):
 
 def test_the_stages_open_the_images_and_masks_that_the_table_shows(
         toy, tmp_path, monkeypatch, drawn):
-    opened, decode = set(), data.decode
+    opened, original = set(), decode
 
     def noting(path):
         opened.add((path.parent.name, path.stem.split("_")[0]))
-        return decode(path)
+        return original(path)
 
-    monkeypatch.setattr(data, "decode", noting)
+    monkeypatch.setattr("support.masks.decode", noting)
     for stage, words, (name, images, _, masks, files) in zip(
             (train_cls, make_pseudo, train_seg, evaluate),
             (("--epochs", "1", *TINY), TINY, ("--iterations", "2", "--val-images", "2", *TINY),
@@ -93,19 +93,19 @@ LOG = [dict(stage="train_cls", epoch=1, loss=0.9, val_map=0.1),
 
 
 def test_only_the_last_training_is_drawn(tmp_path, drawn):
-    with pytest.raises(DataError, match="log.jsonl not found: run train_cls.py first"):
+    with pytest.raises(UserError, match="log.jsonl not found: run train_cls.py first"):
         figures.of_stage(tmp_path, "train_cls", "epoch")
     for lines, expected in ((LOG[:4], {1: 0.9, 2: 0.8, 3: 0.7}), (LOG, {1: 0.6, 2: 0.5})):
-        run.write_lines(tmp_path / "log.jsonl", map(json.dumps, lines))
+        write_lines(tmp_path / "log.jsonl", map(json.dumps, lines))
         found = figures.of_stage(tmp_path, "train_cls", "epoch")
         assert {epoch: line["loss"] for epoch, line in found.items()} == expected
-    run.write_lines(tmp_path / "log.jsonl", map(json.dumps, LOG[3:4]))
-    with pytest.raises(DataError, match="log.jsonl has no line of a training"):
+    write_lines(tmp_path / "log.jsonl", map(json.dumps, LOG[3:4]))
+    with pytest.raises(UserError, match="log.jsonl has no line of a training"):
         drawn("run", "--run", tmp_path)
 
 
 def test_ones_own_run(tmp_path, capsys, drawn):
-    run.write_lines(tmp_path / "log.jsonl", map(json.dumps, LOG))
+    write_lines(tmp_path / "log.jsonl", map(json.dumps, LOG))
     assert list(drawn("run", "--run", tmp_path)) == ["curves.png"]
     assert "run evaluate.py" in capsys.readouterr().out
     confusion = np.array([[90, 10, 0, 0], [15, 45, 0, 0], [0, 0, 0, 0]])
@@ -113,7 +113,7 @@ def test_ones_own_run(tmp_path, capsys, drawn):
     results = dict(iou={"background": iou[0], "beetle": iou[1], "never": None}, split="test",
                    miou=evaluate.miou(confusion), num_images=7, confusion=confusion.tolist(),
                    checkpoint="a/seg.pt", crf=False)
-    run.write_lines(tmp_path / "results.json", [json.dumps(results)])
+    write_lines(tmp_path / "results.json", [json.dumps(results)])
     pictures = drawn("run", "--run", tmp_path)
     assert {"90", "10", "25", "75"} < set(texts(pictures["confusion.png"]))
     assert {"78.3", "64.3"} < set(texts(pictures["classes.png"]))  # 90 / 115 and 45 / 70
@@ -133,7 +133,7 @@ def test_what_a_figure_needs_is_named(words, told, capsys):
 
 def test_figures_of_a_tiny_table_4(toy, tmp_path, calls, drawn):  # noqa: F811
     where = ["--data", str(toy), "--runs", str(tmp_path), "--workers", "0"]
-    with pytest.raises(DataError, match="study.py table4"):
+    with pytest.raises(UserError, match="study.py table4"):
         drawn(*where)
     home = run_study(toy, tmp_path, "table4", "--seeds", "0", "1")
     run_study(toy, tmp_path, "table4", "--seeds", "0", "--split", "test")  # val's stay val's
@@ -165,15 +165,15 @@ def test_photographs_that_may_be_shown_are_drawn_stage_by_stage(toy, tmp_path, m
     for kind, stage, network in (
             ("cls", train_cls, CPFCTE(ClassifierConfig(9, "vit_toy"))),
             ("seg", train_seg, DeepLabv2(SegmenterConfig(9, "resnet_toy", (1,), (1.0,))))):
-        run.save_checkpoint(tmp_path / f"{kind}.pt", kind, network, stage.parse_args(words),
+        save_checkpoint(tmp_path / f"{kind}.pt", kind, network, stage.parse_args(words),
                             **content)
     monkeypatch.setitem(sys.modules, "skimage", None)
-    with pytest.raises(DataError, match="pip install scikit-image"):
+    with pytest.raises(UserError, match="pip install scikit-image"):
         drawn("shown", "--run", tmp_path)
     random = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     photographs = types.SimpleNamespace(chelsea=lambda: random, camera=lambda: random[..., 0])
     monkeypatch.setitem(sys.modules, "skimage", types.SimpleNamespace(data=photographs))
-    with pytest.raises(DataError, match="knows none of"):
+    with pytest.raises(UserError, match="knows none of"):
         drawn("shown", "--run", tmp_path)
     monkeypatch.setattr(figures, "SHOWN", dict(zip(("chelsea", "camera"), folder.classes[1:])))
     assert len(drawn("shown", "--run", tmp_path)["shown.png"].axes) == 2 * 4
@@ -190,7 +190,7 @@ def trained(toy, tmp_path_factory):
 
 def test_the_largest_k_patches_are_framed(toy, trained, tmp_path, drawn):
     words = ["top-k", "--data", toy, "--runs", tmp_path, "--out", tmp_path]
-    with pytest.raises(DataError, match="extras/study.py top-k --data .* --seeds 0"):
+    with pytest.raises(UserError, match="extras/study.py top-k --data .* --seeds 0"):
         drawn(*words)
     for folder in ("pool_max", "top-k_6", "top-k_12", "pool_avg"):
         (tmp_path / toy.name / folder / "s0").mkdir(parents=True)
@@ -210,5 +210,5 @@ def test_the_crf_begins_with_the_bpm_and_ends_with_the_pseudo_mask(toy, trained,
     masks = [axis.images[0].get_array() for axis in drawn(*words)["crf.png"].axes
              if "IoU" in axis.get_title()]
     for mask, folder in ((masks[0], "bpm"), (masks[3], "pseudo")):
-        expected = data.read_mask(home / folder / f"{scene.id}.png", 9)
-        assert (mask == data.voc_palette()[expected]).all(-1).mean() > 0.999
+        expected = read_mask(home / folder / f"{scene.id}.png", 9)
+        assert (mask == voc_palette()[expected]).all(-1).mean() > 0.999

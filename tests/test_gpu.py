@@ -8,7 +8,8 @@ import torch
 import bench
 import data
 import gpu
-from support import run
+from support.masks import read_image, read_mask
+from support import files
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu runs the parts there")
 
@@ -38,8 +39,8 @@ def test_textures_are_a_data_set(tmp_path):
     folder, _ = textures(tmp_path, 5)
     assert folder.ids("few") == ["0", "1"] and len(folder.ids("train")) == 5
     for image_id in folder.ids("train"):
-        image = data.read_image(folder.image_path(image_id))
-        mask = data.read_mask(folder.mask_path(image_id), len(folder.classes), image.size)
+        image = read_image(folder.image_path(image_id))
+        mask = read_mask(folder.mask_path(image_id), len(folder.classes), image.size)
         assert folder.image_labels(image_id).nonzero().flatten().tolist() == sorted(
             {0, *np.unique(mask).tolist()})
 
@@ -58,8 +59,8 @@ def test_the_median_leaves_the_first_call_out(monkeypatch):
 
 
 def test_make_gpu_compares_the_cpu_with_itself_and_fills_the_table(tmp_path, capsys, once):
-    speeds, log = [], run.log
-    with mock.patch.object(run, "log", lambda home, stage, **values: (
+    speeds, log = [], files.log
+    with mock.patch.object(files, "log", lambda home, stage, **values: (
             speeds.append(values.get("images_s")), log(home, stage, **values))):
         gpu.main(gpu.parse_args(["--out", str(tmp_path / "gpu.md")]))
     found = rows((tmp_path / "gpu.md").read_text())

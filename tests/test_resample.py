@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 import resample
-from data import save_mask
-from support.run import DataError
+from support.files import UserError
+from support.masks import save_mask
 
 
 def confusion(right, wrong):
@@ -44,5 +44,5 @@ def test_the_command_reads_the_runs_that_both_have(toy, tmp_path, capsys):
     told = capsys.readouterr().out
     assert f"bpm on val ({len(ids)} images), 1 seeds: " in told
     assert "gain +0.0; 95 % over images +0.0 to +0.0, over images and seeds +0.0 to +0.0" in told
-    with pytest.raises(DataError, match="share no sSEED/pred"):
+    with pytest.raises(UserError, match="share no sSEED/pred"):
         resample.main(resample.parse_args([*words, "--masks", "pred"]))

@@ -5,7 +5,7 @@ import pytest
 
 import starter
 from conftest import ROOT
-from support.run import DataError
+from support.files import UserError
 
 TWICE = """
 import glob, os, shutil, sys, pytest
@@ -68,6 +68,6 @@ def test_signature_docstring_and_the_rest_of_the_file_stay(file, names, message)
 
 def test_a_folder_that_exists_or_lies_in_the_repository_is_refused(tmp_path):
     for where in (tmp_path, ROOT / "assignment", ROOT / "docs/new"):
-        with pytest.raises(DataError, match="choose another folder"):
+        with pytest.raises(UserError, match="choose another folder"):
             written(where)
     assert not (ROOT / "assignment").exists() and not (ROOT / "docs/new").exists()

@@ -3,17 +3,17 @@
 train.py trains it. Legend: B batch, S side of a crop, O object classes, C = O + 1,
 h x w patch grid, N = h * w, D width; F and A are `features` and `aux`, M = W F is `raw`.
 """
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import IGNORE
+from support.backbones import FrozenBatchNorm, Normalise, create_backbone
+from support.files import UserError, read_text
+from support.masks import IGNORE
 from extras.cpews.par import refine
-from model import Network, Normalise
-from support.backbones import create_backbone
-from support.run import DataError, read_text
 
 
 # --- the network -------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ def unflipped(maps, size):
     return torch.stack([plain, flipped.flip(-1)])
 
 
-class CPEWS(Network):
+class CPEWS(FrozenBatchNorm):
     """A ViT with two image classifiers, W and W', and a decoder: images -> classes of pixels."""
 
     def __init__(self, config, pretrained=False, weights=None):
@@ -46,7 +46,7 @@ class CPEWS(Network):
         self.backbone = create_backbone(config.backbone, "plain ViT of timm", pretrained, weights,
                                         num_classes=0, dynamic_img_size=True)
         if config.aux_block > len(self.backbone.blocks):
-            raise DataError(f"--aux-block {config.aux_block}: {config.backbone} has "
+            raise UserError(f"--aux-block {config.aux_block}: {config.backbone} has "
                             f"{len(self.backbone.blocks)} blocks")
         self.normalise = Normalise(self.backbone)
         self.patch = self.backbone.patch_embed.feat_ratio()
@@ -165,7 +165,7 @@ def superclasses(folder):
         return None
     members = [line.split()[1:] for line in read_text(path).splitlines()]
     if sorted(sum(members, [])) != sorted(folder.classes[1:]):
-        raise DataError(f"{path}: a line is 'SUPERCLASS CLASS CLASS ...', and each object class of "
+        raise UserError(f"{path}: a line is 'SUPERCLASS CLASS CLASS ...', and each object class of "
                         "classes.txt stands in one of them")
     return [[name in names for names in members].index(True) for name in folder.classes[1:]]
 
@@ -197,30 +197,38 @@ def k_means(points, centres, iterations=10):
     return centres
 
 
-def make_pools(regions, groups, K, seed):
+def make_pools(regions, groups, K, seed, look_further=False):
     """E10: {"P", "N", "U"}, for each class a tensor (at most K, D), in one pass over the images.
 
     regions yields for each image f (O, D), whether the class has a region (O,), the classifier's
-    scores z (O,) and the image labels (O,), all on the CPU; groups: superclasses().
+    scores z (O,) and the image labels (O,), all on the CPU; groups: superclasses(). U is what of N
+    shares no superclass; with look_further, not in the paper, the K best of all that share none.
     """
-    positive, negative = {}, {}
+    positive, negative, apart = defaultdict(list), defaultdict(list), defaultdict(list)
     for n, (f, exists, z, image_labels) in enumerate(regions):
-        for c in range(len(f)):
-            mine = positive.setdefault(c, [f.new_zeros(0, f.shape[1])])
-            others = negative.setdefault(c, [])
-            if exists[c] and image_labels[c]:
-                mine.append(f[c:c + 1].clone())
-            elif exists[c]:
-                others.append((z[c].item(), -n, f[c:c + 1].clone(), image_labels))
-                others.sort(reverse=True)  # by z: the K that score highest stay
-                del others[K:]
-    pools = dict(P=[], N=[], U=[])
-    for c, others in negative.items():
-        P, none = torch.cat(positive[c]), positive[c][0]
+        for c in exists.nonzero().flatten().tolist():
+            if image_labels[c]:
+                positive[c].append(f[c].clone())
+                continue
+            other = (z[c].item(), -n, f[c:c + 1].clone(), unshared(c, image_labels, groups))
+            keep_best(negative[c], other, K)
+            if other[-1]:
+                keep_best(apart[c], other, K)
+    pools, none = dict(P=[], N=[], U=[]), f.new_zeros(0, f.shape[1])
+    for c in range(len(f)):
+        P = torch.stack(positive[c]) if positive[c] else none
         pools["P"].append(k_means(P, first_centres(P, K, seed)) if len(P) > K else P)
-        pools["N"].append(torch.cat([none, *(f for _, _, f, _ in others)]))
-        pools["U"].append(torch.cat([none, *(f for *_, f, y in others if unshared(c, y, groups))]))
+        pools["N"].append(torch.cat([none, *(of for *_, of, _ in negative[c])]))
+        apart_c = apart[c] if look_further else [other for other in negative[c] if other[-1]]
+        pools["U"].append(torch.cat([none, *(of for *_, of, _ in apart_c)]))
     return pools
+
+
+def keep_best(best, entry, K):
+    """Add an entry, which begins with its score, to a list of the K best."""
+    best.append(entry)
+    best.sort(reverse=True)
+    del best[K:]
 
 
 # --- PDL and SSL: near the own prototypes, away from what is mistaken for the class ------------

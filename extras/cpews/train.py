@@ -15,26 +15,28 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms import v2
-from torchvision.tv_tensors import Mask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import (AUGMENT, IGNORE, Folder, Images, batches, is_whole, loader,  # noqa: E402
-                  read_mask, save_mask, seeded)
-from evaluate import confusion_matrix, miou, predict, score_masks  # noqa: E402  no package
+from data import Folder, Images, MaskedImages, loader, training_batches  # noqa: E402  no package
+from evaluate import confusion_matrix, export, miou, predict, score_masks  # noqa: E402
 from extras.cpews.model import (CPEWS, CPEWSConfig, false_scores, ism_loss,  # noqa: E402
                                 make_pools, pdl_loss, pixel_labels, prototype_distances,
                                 region_features, seg_loss, ssl_loss, superclasses, token_labels)
+from support.checkpoints import (MAY_CHANGE_ON_RESUME, check_finite, check_loss,  # noqa: E402
+                                 finite_mean_loss, open_checkpoint, restore, save_checkpoint)
 from support.crf import add_crf_flags, crf_settings  # noqa: E402
+from support.files import UserError, file_hash, log, logged, progress  # noqa: E402
+from support.flags import common_flags  # noqa: E402
 from support.inference import load_model  # noqa: E402
-from support.run import (FREE, NO_SBD, DataError, check_finite, check_loss,  # noqa: E402
-                         check_masks, claimed, digest, in_workers, join_processes, launch, log,
-                         logged, mean_loss, open_checkpoint, place, prepare, progress,
-                         read_settings, restore, save_checkpoint, stage_flags)
-from train_cls import mean_average_precision  # noqa: E402
+from support.masks import (IGNORE, claimed, read_mask, read_settings, save_mask,  # noqa: E402
+                           unfinished)
+from support.processes import (join_processes, launch, map_in_workers, place,  # noqa: E402
+                               wrap_for_training)
+from support.scores import boundary_iou, mean_average_precision  # noqa: E402
 
 WEIGHT_DECAY, POLY_POWER = 0.01, 0.9
 MASK_FLAGS = "cam_scales cam_threshold cam_high cam_low par_dilations scales".split()
@@ -42,10 +44,12 @@ MASK_FLAGS = "cam_scales cam_threshold cam_high cam_low par_dilations scales".sp
 
 def parse_args(argv=None):
     """The flags of training; --predict takes cpews.pt's, but for those of masks."""
-    flags = stage_flags(__doc__, trains=True)
+    flags = common_flags(__doc__, trains=True)
     add = flags.add
     add("--predict", None, "split whose masks to write and score, instead of training")
-    add("--train-split", "trainaug", "split to train on", **NO_SBD)
+    add("--export", False, "with --predict: write RUN/results/, what VOC's test server takes, and "
+        "do not score")
+    add("--train-split", "trainaug", "split to train on; train where DATA has no trainaug")
     add("--val-split", "val", "split that scores the network at every save; none: no score")
     add("--val-images", 100, "that score is over the first so many images")
     add("--backbone", "vit_base_patch16_224.orig_in21k_ft_in1k", "any plain ViT of timm (or "
@@ -65,7 +69,8 @@ def parse_args(argv=None):
     add("--save-every", 1000, "steps between two checkpoints", coco=5000, toy=500, photo=450, low=1)
     add("--lr", 6e-5, "AdamW's rate for the ViT", toy=1e-3, photo=1e-4, low=1e-9, high=10)
     add("--head-lr", 10.0, "the other layers' rate, times --lr", toy=1.0, photo=50.0, high=1000)
-    add("--lr-warm-up", 1500, "steps over which the rates rise linearly", toy=100, photo=100)
+    add("--lr-warm-up", 1500, "steps over which a layer's rate rises linearly once it learns",
+        toy=100, photo=100)
     add("--aux-block", 10, "a, the block that A is the output of, E2", toy=3, photo=1, low=1)
     add("--fov-dilation", 5, "of the decoder's two 3x3 convolutions, E5", toy=1, photo=1, low=1)
     add("--cam-scales", [1.0, 0.5, 1.5], "input scales of the class maps, E6", toy=[1.0],
@@ -78,7 +83,9 @@ def parse_args(argv=None):
     add("--pool-cam", "aux", "maps whose regions make the pools, E10: main is M, aux is M'",
         toy="main", choices=("main", "aux"))
     add("--pool-updates", 0, "how often training makes the pools anew, Table 3")
-    add("--superclasses", True, "U leaves out negatives that show a relative, E10; else U = N")
+    add("--ssl-pool", "filtered", "U, E10: those of N that show no relative; all: U = N; unshared, "
+        "not in the paper: the K best of all negatives that show none",
+        choices=("filtered", "unshared", "all"))
     add("--temperature", 13.0, "T, E11", low=1e-3, high=1e6)
     add("--ism-weight", 0.2, "of ISM's loss, E8; 0 leaves it out", high=1e6)
     add("--pdl-weight", 0.12, "of PDL, E11; 0 leaves it out", high=1e6)
@@ -98,46 +105,39 @@ def checked(flags, argv):
     if args.rescale[0] > args.rescale[1]:
         flags.error("--rescale: the smaller number comes first")
     args.given = {*vars(flags.parser.parse_args(argv))} if args.predict else set()
-    for name in args.given - {"predict", *MASK_FLAGS, *FREE}:
+    if args.export and not args.predict:
+        flags.error("--export writes predictions: --predict names their split")
+    for name in args.given - {"predict", "export", *MASK_FLAGS, *MAY_CHANGE_ON_RESUME}:
         if not name.startswith("crf"):
             flags.error(f"--{name.replace('_', '-')} is for training: cpews.pt has its own")
     return args
 
 
 # --- training ----------------------------------------------------------------------------------
-class Crops(Images):
-    """(index, draw) -> image (3, S, S) uint8, where it shows the photo (S, S), labels (O,).
-
-    data.MaskedImages without masks, and with the jitter.
-    """
+class Crops(MaskedImages):
+    """(index, draw) -> image (3, S, S) uint8, where it shows the photo (S, S), labels (O,)."""
 
     def __init__(self, folder, ids, args, fill):
-        super().__init__(folder, ids)
-        self.args, self.labels = args, torch.stack([folder.image_labels(i)[1:] for i in ids])
-        self.jitter = AUGMENT["jitter"] if args.jitter else v2.Identity()
-        self.change = v2.Compose([  # outside the photo are the mean colour and IGNORE
-            v2.RandomCrop(args.crop, pad_if_needed=True, fill={Image.Image: fill, Mask: IGNORE}),
-            v2.RandomHorizontalFlip(), v2.PILToTensor()])
+        self.labels = torch.stack([folder.image_labels(i)[1:] for i in ids])
+        super().__init__(folder, ids, None, args.crop, args.rescale, args.seed, fill, args.jitter)
+
+    def mask(self, index, size):
+        """Zeros: what the crop adds around the photo is IGNORE."""
+        return Image.new("L", size)
 
     def __getitem__(self, item):
-        index, draw = item
-        image = self.read(index)
-        with seeded(self.args.seed, draw):
-            scale = torch.empty(()).uniform_(*self.args.rescale).item()
-            size = [max(1, round(side * scale)) for side in image.size]
-            image = self.jitter(image.resize(size, Image.Resampling.BILINEAR))
-            image, mask = self.change(image, Mask(torch.zeros(size[::-1], dtype=torch.uint8)))
-        return image, mask != IGNORE, self.labels[index]
+        image, mask = super().__getitem__(item)
+        return image, mask != IGNORE, self.labels[item[0]]
 
 
 def check(folder, ids, args):
     """End, before anything is done, where a class or label is missing or the thresholds cross."""
     if len(folder.classes) == 1:
-        raise DataError(f"{args.data}/classes.txt names no class but background: nothing to learn")
+        raise UserError(f"{args.data}/classes.txt names no class but background: nothing to learn")
     for image_id in ids:
         folder.image_labels(image_id)
     if args.cam_low > args.cam_high:
-        raise DataError("--cam-low is to lie below --cam-high, which cpews.pt may have set")
+        raise UserError("--cam-low is to lie below --cam-high, which cpews.pt may have set")
 
 
 def photo(image, device):
@@ -160,25 +160,32 @@ def image_regions(model, folder, ids, args, device):
 
 def new_pools(model, folder, ids, groups, args, device):
     """E10 with the network as it is; how many prototypes there are goes to the log."""
-    if groups is None and args.superclasses:
+    if groups is None and args.ssl_pool != "all":
         print(f"{folder.root} has no superclasses.txt: SSL takes all negative prototypes for false")
     regions = image_regions(model.eval(), folder, ids, args, device)
-    pools = make_pools(regions, groups, args.prototypes, args.seed)
+    pools = make_pools(regions, groups, args.prototypes, args.seed, args.ssl_pool == "unshared")
     log(args.run, "cpews", **{name: sum(map(len, pools[name])) for name in pools})
+    if args.ssl_weight and not any(map(len, pools["U"])):
+        print("note: SSL does nothing: every negative prototype shows a relative of its class. "
+              "--ssl-pool unshared looks further than the first --prototypes", flush=True)
     return pools
 
 
-def parameter_groups(model, lr, head_lr):
-    """AdamW's groups: the ViT, and the other layers at head_lr times its rate."""
+def parameter_groups(model, args):
+    """AdamW's groups: the ViT, and the other layers at --head-lr times its rate.
+
+    first: the step at which a group begins to learn, from which its warm-up counts.
+    """
     others = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
-    return [dict(params=[*model.backbone.parameters()], base_lr=lr),
-            dict(params=others, base_lr=head_lr * lr)]
+    return [dict(params=[*model.backbone.parameters()], base_lr=args.lr,
+                 first=args.warm_up * args.freeze_warm_up),
+            dict(params=others, base_lr=args.head_lr * args.lr, first=0)]
 
 
-def rate(step, total, lr_warm_up):
-    """The factor on every learning rate: linear from 1e-6 to 1, then poly decay."""
-    return (1 - (1 - step / lr_warm_up) * (1 - 1e-6) if step < lr_warm_up
-            else (1 - step / total) ** POLY_POWER)
+def rate(step, total, lr_warm_up, first=0):
+    """The factor on a learning rate: linear from 1e-6 to 1 after step first, then poly decay."""
+    risen = max(0, step - first) / max(1, lr_warm_up)
+    return 1 - (1 - risen) * (1 - 1e-6) if risen < 1 else (1 - step / total) ** POLY_POWER
 
 
 def batch_losses(model, encode, batch, pools, args, t):
@@ -227,17 +234,17 @@ def summary(history):
         for name, values in whole.items() if len(values)})
 
 
-def build(args, device, facts):
+def build(args, device, inputs):
     """(path, checkpoint or None, network, optimizer), as they start or as cpews.pt has them."""
-    path, checkpoint = open_checkpoint(args, "cpews", args.warm_up + args.iterations, **facts)
+    path, checkpoint = open_checkpoint(args, "cpews", args.warm_up + args.iterations, **inputs)
     torch.manual_seed(args.seed)
-    config = CPEWSConfig(len(facts["classes"]), args.backbone, args.aux_block, args.fov_dilation)
+    config = CPEWSConfig(len(inputs["classes"]), args.backbone, args.aux_block, args.fov_dilation)
     pretrained, weights = (False, None) if checkpoint else (args.pretrained, args.weights)
     model = CPEWS(config, pretrained, weights).to(device)
     if args.crop % model.patch:
-        raise DataError(f"--crop {args.crop} is no multiple of a patch's {model.patch} pixels")
+        raise UserError(f"--crop {args.crop} is no multiple of a patch's {model.patch} pixels")
     model.scales, model.amp = args.scales, args.amp
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.lr, args.head_lr), fused=True,
+    optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=True,
                                   weight_decay=WEIGHT_DECAY)
     restore(path, checkpoint, model=model, optimizer=optimizer)
     return path, checkpoint, model, optimizer
@@ -247,37 +254,33 @@ def train(args, device):
     """Warm-up, pools, main loop; RUN/cpews.pt after every round."""
     # --- data ---
     folder = Folder(args.data)
-    ids, groups = folder.ids(args.train_split), superclasses(folder) if args.superclasses else None
+    ids = folder.ids(args.train_split)
+    groups = None if args.ssl_pool == "all" else superclasses(folder)
     val_ids = [] if args.val_split == "none" else folder.ids(args.val_split)[:args.val_images]
     check(folder, [i for i in val_ids if folder.mask_path(i).is_file()], args)
 
     # --- model ---
-    facts = dict(classes=folder.classes, ids=ids, labels=folder.fingerprint(), superclasses=groups)
-    path, checkpoint, model, optimizer = build(args, device, facts)
+    inputs = dict(classes=folder.classes, ids=ids, labels=folder.labels_hash(), superclasses=groups)
+    path, checkpoint, model, optimizer = build(args, device, inputs)
     done, pools = (checkpoint["step"], checkpoint["pools"]) if checkpoint else (0, None)
 
     # --- train: in rounds, each of which ends with a save ---
     fill = tuple((255 * model.normalise.mean).round().int().flatten().tolist())
-    crops, encode = Crops(folder, ids, args, fill), prepare(model.encode, args, 1)
+    crops, encode = Crops(folder, ids, args, fill), wrap_for_training(model.encode, args, 1)
     total, parts = args.warm_up + args.iterations, args.pool_updates + 1
     renewals = {args.warm_up + args.iterations * u // parts for u in range(parts)}
     for first in range(done, total, args.save_every):
         last = min(first + args.save_every, total)
         began, history = time.time(), defaultdict(list)
-        sampler = batches(len(ids), args.batch_size, args.seed, first, last)
-        steps = progress(loader(crops, args, device, batch_sampler=sampler), f"to step {last}",
-                         last - first)
-        for step, batch in enumerate(steps, first):
+        for step, *batch in training_batches(crops, args, device, first, last, f"to step {last}"):
             if step in renewals and (args.pdl_weight or args.ssl_weight):
                 pools = new_pools(model, folder, ids, groups, args, device)             # E10
             if step in (done, *renewals):
                 model.train_encoder(step >= args.warm_up or not args.freeze_warm_up)
-            images, inside, y = (part.to(device, non_blocking=True) for part in batch)
-            losses, seen = batch_losses(model, encode, (images / 255, inside, y), pools, args,
-                                        step - args.warm_up)
+            losses, seen = batch_losses(model, encode, batch, pools, args, step - args.warm_up)
             loss = sum(losses.values())
             for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * rate(step, total, args.lr_warm_up)
+                group["lr"] = group["base_lr"] * rate(step, total, args.lr_warm_up, group["first"])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -287,9 +290,9 @@ def train(args, device):
 
         # --- save, score, log ---
         totals = torch.stack(history.pop("loss"))
-        loss = mean_loss(totals.sum(), len(totals), 1, model, f"before step {last}", path)
+        loss = finite_mean_loss(totals.sum(), len(totals), 1, model, f"before step {last}", path)
         speed = len(totals) * args.batch_size / (time.time() - began)
-        save_checkpoint(path, "cpews", model, args, **facts, step=last, pools=pools,
+        save_checkpoint(path, "cpews", model, args, **inputs, step=last, pools=pools,
                         optimizer=optimizer.state_dict())
         with logged(args.run, "cpews", step=last, of=total, loss=loss, **summary(history),
                     images_s=speed) as line:
@@ -298,27 +301,31 @@ def train(args, device):
 
 # --- masks -------------------------------------------------------------------------------------
 @torch.no_grad()
-def run_network(model, folder, ids, args, device, constants):
+def run_network(model, folder, ids, args, device, constants, labelled=True):
     """The network over the images: yields the arguments of image_masks."""
     model.eval()
     images = loader(Images(folder, ids), args, device, batch_size=None, collate_fn=tuple)
     for image_id, image, _ in images:
-        whole, y = photo(image, device), folder.image_labels(image_id)[None, 1:].to(device)
+        whole, masks = photo(image, device), None
         encoded = model.encodings(whole, {*args.cam_scales, *args.scales})
-        cam, aux_cam = model.cams([encoded[s] for s in args.cam_scales], y, whole.shape[2:])
         logits = model.decoded([encoded[s] for s in args.scales], whole.shape[2:])[0]
         check_finite(logits, model)
-        pseudo = pixel_labels(cam, whole, y, whole[:, 0] >= 0, args.cam_high, args.cam_low,
-                              args.par_dilations)
-        cams = F.pad(torch.cat([cam, aux_cam]), (0, 0, 0, 0, 1, 0), value=args.cam_threshold)
-        masks = torch.cat([cams.max(dim=1).indices, pseudo]).byte().cpu().numpy()
+        if labelled:
+            y = folder.image_labels(image_id)[None, 1:].to(device)
+            cam, aux = model.cams([encoded[s] for s in args.cam_scales], y, whole.shape[2:])
+            pseudo = pixel_labels(cam, whole, y, whole[:, 0] >= 0, args.cam_high, args.cam_low,
+                                  args.par_dilations)
+            cams = F.pad(torch.cat([cam, aux]), (0, 0, 0, 0, 1, 0), value=args.cam_threshold)
+            masks = torch.cat([cams.max(dim=1).indices, pseudo]).byte().cpu().numpy()
         yield masks, logits if device.type == "cuda" else logits.cpu().numpy(), image, constants
 
 
 def image_masks(masks, logits, image, constants):
-    """{name: mask (H, W) uint8} of one image: of RUN/cam, pseudo, pred, and of the maps of W'."""
-    cam, aux, pseudo = masks
-    return dict(cam=cam, pseudo=pseudo, pred=predict(logits, image, constants), aux=aux)
+    """{name: mask (H, W) uint8} of one image: of RUN/pred and, with image labels, of RUN/cam,
+    RUN/pseudo, and of the maps of W'.
+    """
+    known = {} if masks is None else dict(zip(("cam", "aux", "pseudo"), masks))
+    return known | dict(pred=predict(logits, image, constants))
 
 
 def validate(model, folder, ids, args, device):
@@ -335,49 +342,54 @@ def validate(model, folder, ids, args, device):
 
 
 def write_masks(args, device):
-    """Write and score RUN/cam, RUN/pseudo and RUN/pred of a split."""
+    """Write RUN/pred of a split, and RUN/cam and RUN/pseudo where its image labels are known."""
     # --- the network, with the arguments of its training where none are given ---
     model, checkpoint = load_model(args.run / "cpews.pt", "cpews", CPEWSConfig, CPEWS)
     vars(args).update({name: value for name, value in checkpoint["args"].items()
-                       if name not in {*args.given, *FREE}})
+                       if name not in {"export", *args.given, *MAY_CHANGE_ON_RESUME}})
     model.scales, model.amp = args.scales, args.amp
     constants = crf_settings(args, device)
     constants = constants and constants | dict(gaussian_compat=1)
     folder = Folder(args.data, checkpoint)
-    ids = todo = folder.ids(args.predict)
-    check(folder, ids, args)
+    ids = folder.ids(args.predict)
+    unlabelled = [i for i in ids if folder.names(i) is None]
+    if unlabelled:
+        print(f"{folder.root}/image_labels.txt has no line for {unlabelled[0]} and "
+              f"{len(unlabelled) - 1:,} more: RUN/cam and RUN/pseudo, which need one, are left out")
+    check(folder, ids if not unlabelled else (), args)
 
     # --- what is there already ---
     made = dict({name: getattr(args, name) for name in MASK_FLAGS}, seed=args.seed,
-                cpews=digest(args.run / "cpews.pt"), data=str(args.data.resolve()),
-                labels=folder.fingerprint(), image_labels_used=True, crf=False)
-    outputs = {args.run / "cam": made, args.run / "pseudo": made, args.run / "pred": made | dict(
+                cpews=file_hash(args.run / "cpews.pt"), data=str(args.data.resolve()),
+                labels=folder.labels_hash(), image_labels_used=True, crf=False)
+    outputs = {} if unlabelled else {args.run / "cam": made, args.run / "pseudo": made}
+    outputs[args.run / "pred"] = made | dict(
         image_labels_used=False, crf=constants is not None,
-        constants=constants and constants | dict(backend=None))}  # who computes is free
+        constants=constants and constants | dict(backend=None))  # who computes is free
     changed = {out: its for out, its in outputs.items() if read_settings(out) != its}
-    if not args.overwrite:
-        for out, settings in outputs.items():
-            check_masks(out, settings)
-        todo = [i for i in ids if not is_whole(*(out / f"{i}.png" for out in outputs))]
+    todo = ids if args.overwrite else unfinished(ids, outputs, args.workers)
 
     # --- masks and their scores ---
-    jobs = run_network(model.to(device), folder, todo, args, device, constants)
-    results = in_workers(image_masks, jobs, 0 if device.type == "cuda" else args.workers)
+    jobs = run_network(model.to(device), folder, todo, args, device, constants, not unlabelled)
+    results = map_in_workers(image_masks, jobs, 0 if device.type == "cuda" else args.workers)
     results = progress(claimed(results, changed, args.overwrite), args.predict, len(todo))
     for masks, image_id in zip(results, todo):
         for out in outputs:
             save_mask(out / f"{image_id}.png", masks[out.name])
+    if args.export:
+        return export(args.run, args.predict, ids, constants)
     for out, settings in outputs.items():
         confusion, truth = score_masks(folder, ids, out, args.workers)
         if truth["num_images"]:
+            contours = boundary_iou(folder, ids, out, args.workers)
             log(args.run, "cpews", masks=out.name, split=args.predict, **truth,
-                miou=miou(confusion), crf=settings["crf"],
-                image_labels_used=settings["image_labels_used"])
+                miou=miou(confusion), boundary_miou=float(np.nanmean(contours)),
+                crf=settings["crf"], image_labels_used=settings["image_labels_used"])
 
 
 def main(args):
     if place()[1] > 1:
-        raise DataError("extras/cpews/train.py is one process: call it without torchrun")
+        raise UserError("extras/cpews/train.py is one process: call it without torchrun")
     device, _, _ = join_processes(args.device)
     if args.predict:
         write_masks(args, device)
