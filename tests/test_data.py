@@ -24,57 +24,6 @@ def test_image_labels_are_what_the_masks_show(toy):
         assert set(folder.image_labels(image_id).nonzero().flatten().tolist()) == present
 
 
-def test_what_is_wrong_with_a_folder_is_named(toy_copy):
-    with pytest.raises(DataError, match="nowhere not found"):
-        Folder(toy_copy / "nowhere")
-    folder = Folder(toy_copy)
-    with pytest.raises(DataError, match="holdout.txt not found"):
-        folder.ids("holdout")
-    for lines, words in (("\n", "split.txt is empty"), ("a\nb\na\n", "lists a twice"),
-                         ("../a\n", "'../a' is no name of a file")):
-        (toy_copy / "ImageSets/Segmentation/split.txt").write_text(lines)
-        with pytest.raises(DataError, match=words):
-            folder.ids("split")
-    (toy_copy / "image_labels.txt").write_text("a vertical_red\nb unicorn\nc\nd background\n")
-    with pytest.raises(DataError, match="unicorn.*classes.txt"):
-        folder.image_labels("b")
-    for image_id in ("c", "z"):
-        with pytest.raises(DataError, match=f"no label for {image_id}"):
-            Folder(toy_copy).image_labels(image_id)
-    assert Folder(toy_copy).image_labels("d").sum() == 1
-    (toy_copy / "image_labels.txt").write_text("a vertical_red\na vertical_green\n")
-    with pytest.raises(DataError, match="two lines for a"):
-        Folder(toy_copy).image_labels("a")
-
-
-@pytest.mark.parametrize("names, words", [
-    (["background", "traffic light"], "'traffic light' has a space"),
-    (["background", "cat", "cat"], "'cat' has a space, or is there twice"),
-    (["cat", "dog"], "begins with 'cat'"),
-    (["background", *map(str, range(255))], "256 classes")])
-def test_what_is_wrong_with_classes_txt_is_named(tmp_path, names, words):
-    (tmp_path / "classes.txt").write_text("\n".join(names))
-    with pytest.raises(DataError, match=f"classes.txt.*{words}"):
-        Folder(tmp_path)
-
-
-def test_a_checkpoint_of_other_classes_is_refused(tmp_path):
-    (tmp_path / "classes.txt").write_text("background\ncat\n")
-    assert Folder(tmp_path, dict(classes=["background", "cat"])).classes[1] == "cat"
-    with pytest.raises(DataError, match="classes.txt has other classes"):
-        Folder(tmp_path, dict(classes=["background", "dog"]))
-
-
-def test_the_fingerprint_is_of_what_the_labels_say(toy_copy):
-    path, first = toy_copy / "image_labels.txt", Folder(toy_copy).fingerprint()
-    lines = path.read_text().splitlines()
-    path.write_text("\ufeff" + "\r\n\n".join(lines[::-1]), encoding="utf-8")
-    assert Folder(toy_copy).fingerprint() == first  # other bytes, the same labels
-    for changed in (lines[1:], [f"{lines[0].split()[0]} background", *lines[1:]]):
-        path.write_text("\n".join(changed))
-        assert Folder(toy_copy).fingerprint() != first
-
-
 # --- images ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
@@ -83,32 +32,6 @@ def test_jpegs_of_every_mode_become_rgb(tmp_path, mode):
     picture.save(tmp_path / "a.jpg")
     image = data.read_image(tmp_path / "a.jpg")
     assert image.mode == "RGB" and abs(image.getpixel((4, 4))[1] - 120) < 4
-
-
-def test_16_bit_images_are_scaled_and_floating_point_refused(tmp_path):
-    Image.fromarray(np.array([[0, 257, 65535]], np.uint16)).save(tmp_path / "deep.png")
-    assert np.array(data.read_image(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 1, 255]
-    Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(DataError, match="float.tiff holds floating-point numbers"):
-        data.read_image(tmp_path / "float.tiff")
-
-
-def test_photographs_are_turned_upright_by_their_exif(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rows become columns
-    Image.new("RGB", (9, 5)).save(tmp_path / "a.jpg", exif=exif)
-    assert data.read_image(tmp_path / "a.jpg").size == (5, 9)
-
-
-def test_truncated_and_foreign_files_are_named(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "cut.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:2000])
-    (tmp_path / "text.jpg").write_text("no image")
-    for name in ("cut.jpg", "text.jpg", "missing.jpg"):
-        with pytest.raises(DataError, match=name) as caught:
-            data.read_image(tmp_path / name)
-        assert "\n" not in str(caught.value)
 
 
 def test_images_come_as_decoded_and_resized_as_pillow_resizes(toy):
@@ -138,16 +61,6 @@ def test_mask_round_trip_keeps_numbers_and_shows_colours(tmp_path):
     with Image.open(tmp_path / "m.png") as image:
         assert image.mode == "P" and image.convert("RGB").getpixel((1, 1)) == (192, 128, 128)
     assert [path.name for path in tmp_path.iterdir()] == ["m.png"]  # no temporary file stays
-
-
-@pytest.mark.parametrize("pixels, mode, words", [
-    (np.full((4, 6), 9), "L", "value 9"), (np.zeros((4, 5)), "L", "5x4, its image 6x4"),
-    (np.zeros((6, 4)), "L", "4x6, its image 6x4: is the photo turned"),
-    (np.zeros((4, 6, 3)), "RGB", "RGB image")])
-def test_what_is_wrong_with_a_mask_is_named(tmp_path, pixels, mode, words):
-    Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(tmp_path / "m.png")
-    with pytest.raises(DataError, match=words):
-        data.read_mask(tmp_path / "m.png", 9, size=(6, 4))
 
 
 # --- batches -----------------------------------------------------------------------------------

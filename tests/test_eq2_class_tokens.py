@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import train_cls
 from model import CPFCTE, ClassifierConfig
 
 B, C, h, w = 2, 5, 3, 4
@@ -62,11 +61,3 @@ def test_append_and_none_leave_the_patch_tokens_alone():
     P = torch.randn(B, h, w, 128)
     assert torch.equal(tiny(class_tokens="append").enhance(P), P)
     assert not hasattr(tiny(class_tokens="none"), "class_tokens")
-
-
-@pytest.mark.parametrize("context", ["none", "conv", "pool"])
-def test_append_needs_a_bilstm(context, capsys):
-    words = "--data x --run y --preset toy --class-tokens append --context".split()
-    with pytest.raises(SystemExit):
-        train_cls.parse_args([*words, context])
-    assert "append needs --context hv or raster" in capsys.readouterr().err

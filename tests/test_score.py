@@ -76,26 +76,6 @@ def test_a_split_is_counted_over_all_its_pixels_at_once(shifted, workers):
     assert np.array_equal(confusion, evaluate.confusion_matrix(masks, truth, 9))
 
 
-def test_images_without_ground_truth_are_not_scored(shifted, toy_copy):
-    _, ids, directory = shifted
-    folder = Folder(toy_copy)
-    for image_id in ids[1:]:
-        folder.mask_path(image_id).unlink()
-    confusion, about = evaluate.score_masks(folder, ids, directory)
-    assert about["num_images"] == 1 and np.array_equal(
-        confusion, evaluate.confusion_of(folder, ids[0], directory))
-    folder.mask_path(ids[0]).unlink()
-    with pytest.raises(DataError, match="no ground truth to score"):
-        evaluate.score(folder, "val", directory, {}, 0)
-
-
-def test_a_mask_of_another_size_is_named(shifted):
-    folder, ids, directory = shifted
-    Image.new("L", (96, 90)).save(directory / f"{ids[0]}.png")
-    with pytest.raises(DataError, match=f"{directory}/{ids[0]}.png is 96x90, its image 96x96"):
-        evaluate.confusion_of(folder, ids[0], directory)
-
-
 def test_part_recall_by_hand(tmp_path):
     run.write_lines(tmp_path / "classes.txt", ["background", "a"])
     run.write_lines(tmp_path / "Parts/names.txt", ["body", "head"])

@@ -6,7 +6,6 @@ import torch
 import evaluate
 from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig
 from support.inference import slide
-from support.run import DataError
 
 CELL, C = 8, 3
 
@@ -57,12 +56,6 @@ def test_one_window_that_covers_the_image_is_the_whole_image(window):
     assert network.windows == [(64, 48)]
 
 
-@pytest.mark.parametrize("window, stride", [(20, 8), (24, 12), (16, 24)])
-def test_windows_of_broken_cells_or_with_gaps_are_refused(window, stride):
-    with pytest.raises(DataError, match=f"--window {window} and --stride {stride}.* 8 pixels"):
-        slide(local, torch.rand(1, C, 64, 64), CELL, window, stride)
-
-
 def test_the_classifiers_windows_see_a_window_each():
     torch.manual_seed(0)
     model = CPFCTE(ClassifierConfig(C, "vit_toy")).eval()
@@ -88,9 +81,3 @@ def test_deeplabv2_predicts_the_same_from_windows_that_cover_the_image_and_draws
     assert len(bars[0]) == 2 * 4 and parts.shape == whole.shape
     torch.testing.assert_close(parts.exp().sum(dim=0), torch.ones(10, 17))
     assert not torch.allclose(parts, whole)
-
-
-def test_class_by_class_argmax_is_the_argmax():
-    maps = torch.randn(5, 9, 13)
-    expected = torch.nn.functional.interpolate(maps[None], (70, 100), mode="bilinear")[0].argmax(0)
-    assert torch.equal(evaluate.upsampled_argmax(maps, 70, 100).long(), expected)

@@ -89,38 +89,6 @@ def test_an_image_that_changed_is_computed_again(toy_copy, tmp_path, images_seen
     assert same == [k != 3 for k in range(len(ids))]
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--size 64", "is of size 96, now it is 64: choose another --tokens"),
-    ("--backbone vit_toy_linear", "is of backbone vit_toy, now it is vit_toy_linear"),
-    ("--seed 1", "is of weights "),  # of a random start
-    ("--train-blocks 2 --frozen-epochs 0", "is of blocks_after 0, now it is 2"),
-    ("--train-blocks 5 --frozen-epochs 0", "lower --train-blocks to at most 4")])
-def test_a_file_of_other_tokens_is_refused(toy, tmp_path, flags, words):
-    tokens = tmp_path / "tokens"
-    train(toy, tmp_path / "first", "--train-blocks", "0", "--tokens", tokens)
-    content = tokens.read_bytes()
-    with pytest.raises(DataError, match=words) as caught:
-        train(toy, tmp_path / "second", "--train-blocks", "0", "--tokens", tokens, *flags.split())
-    assert "\n" not in str(caught.value) and content == tokens.read_bytes()
-
-
-def test_a_file_that_is_not_ours_stays(toy, tmp_path):
-    (tmp_path / "notes").write_text("mine")
-    with pytest.raises(DataError, match="notes is no file of tokens"):
-        train(toy, tmp_path / "run", "--train-blocks", "0", "--tokens", tmp_path / "notes")
-    assert (tmp_path / "notes").read_text() == "mine"
-
-
-@pytest.mark.parametrize("stage, flags, words", [
-    (train_cls, "--augment flip", "pass --augment without a name"),
-    (make_pseudo, "--window 48", "leave --window out")])
-def test_flags_that_contradict_it_are_refused(toy, tmp_path, capsys, stage, flags, words):
-    with pytest.raises(SystemExit, match="2"):
-        stage.parse_args(["--data", str(toy), "--run", str(tmp_path), "--tokens", "t",
-                          *flags.split()])
-    assert words in capsys.readouterr().err
-
-
 def test_tokens_too_large_for_float16_are_named(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(CPFCTE, "frozen_tokens", lambda model, images: torch.full(
         (len(images), 145, 128), 1e6))
