@@ -48,6 +48,13 @@ def in_process(stage, *arguments):
         stage.main(stage.parse_args([str(a) for a in arguments]))
 
 
+def classifier(num_classes=5, **config):
+    """A small CPFCTE of random weights, ready to use."""
+    from model import CPFCTE, ClassifierConfig
+    torch.manual_seed(0)
+    return CPFCTE(ClassifierConfig(num_classes, "vit_toy", **config)).eval()
+
+
 # --- data sets ---------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
@@ -77,23 +84,19 @@ def coco(tmp_path):
     def box(x, y, right, bottom):
         return [[x, y, right, y, right, bottom, x, bottom]]
 
-    def rle(rows, columns, compressed):
+    def rle(rows, columns):
         mask = np.zeros((32, 48), np.uint8, order="F")
         mask[rows, columns] = 1
-        if compressed:
-            coded = coder.encode(mask)
-            return dict(size=[32, 48], counts=coded["counts"].decode())
-        runs = np.diff(np.flatnonzero(np.diff(mask.ravel("F"), prepend=2, append=2))).tolist()
-        return dict(size=[32, 48], counts=runs)  # starts with zeros, as the format asks
+        return dict(size=[32, 48], counts=coder.encode(mask)["counts"].decode())
 
-    crowd = rle(slice(20, 30), slice(2, 22), compressed=False)
+    runs = [2 * 32 + 20, *19 * [10, 22], 10, 834]  # down the columns: rows 20 to 29 of 2 to 21
+    crowd = dict(size=[32, 48], counts=runs)
     objects = {  # image: class id, area, is a crowd, shape
         "train": {i: [(1, 100, 0, box(4, 4, 20, 28)), (90, 20, 0, box(30, 2, 40, 6))]
                   for i in (1, 2, 3, 4)},
         "val": {101: [(10, 64, 0, box(8, 8, 16, 16)), (1, 384, 0, box(4, 4, 20, 28)),
-                      (90, 40, 0, rle(slice(2, 6), slice(30, 40), compressed=True)),
-                      (1, 200, 1, crowd)],
-                102: [(1, 1536, 1, rle(slice(0, 32), slice(0, 48), compressed=True))]}}
+                      (90, 40, 0, rle(slice(2, 6), slice(30, 40))), (1, 200, 1, crowd)],
+                102: [(1, 1536, 1, rle(slice(0, 32), slice(0, 48)))]}}
     for split, numbers in (("train", range(1, 6)), ("val", range(101, 104))):
         images = [dict(id=i, file_name=f"COCO_{split}2014_{i:012d}.jpg", height=32, width=48)
                   for i in numbers]

@@ -14,45 +14,29 @@ from support.run import DataError
 C = 5
 
 
-def tiny(**kwargs):
-    torch.manual_seed(0)
-    return CPFCTE(ClassifierConfig(C, "vit_toy", **kwargs)).eval()
-
-
 # --- the tokens --------------------------------------------------------------------------------
 
 @pytest.mark.eq1
-@pytest.mark.parametrize("name, prefix", [("vit_tiny_patch16_224", 1),
-                                          ("vit_small_patch14_reg4_dinov2", 5)])
-def test_patch_tokens_are_timms_after_its_prefix_tokens(name, prefix):
+@pytest.mark.parametrize("name, prefix, size", [
+    ("vit_tiny_patch16_224", 1, (224, 224)), ("vit_small_patch14_reg4_dinov2", 5, (518, 518)),
+    ("vit_toy", 1, (128, 64))])  # another size than its own: position embeddings are resampled
+def test_patch_tokens_are_timms_after_its_prefix_tokens(name, prefix, size):
     torch.manual_seed(0)
     ours = CPFCTE(ClassifierConfig(C, name)).eval()
-    theirs = timm.create_model(name, num_classes=0).eval()
-    theirs.load_state_dict(ours.backbone.state_dict())
-    side = theirs.patch_embed.img_size[0]
-    images = torch.rand(1, 3, side, side)
+    theirs = timm.create_model(name, num_classes=0, img_size=size).eval()
+    state = ours.backbone.state_dict()
+    if name == "vit_toy":
+        state["pos_embed"] = resample_abs_pos_embed(
+            state["pos_embed"], (16, 8), num_prefix_tokens=prefix)
+    theirs.load_state_dict(state)
+    images = torch.rand(1, 3, *size)
     config = timm.data.resolve_model_data_config(theirs)
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
         expected = theirs.forward_features((images - mean) / std)[:, prefix:]
         tokens = ours.patch_tokens(images)
     assert tokens.shape[1] * tokens.shape[2] == expected.shape[1]
-    torch.testing.assert_close(tokens.flatten(1, 2), expected, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.eq1
-def test_position_embedding_is_resampled_for_other_sizes():
-    ours = tiny(class_tokens="none", context="none")
-    size = (128, 64)
-    theirs = timm.create_model("vit_toy", num_classes=0, img_size=size).eval()
-    state = dict(ours.backbone.state_dict())
-    state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], (16, 8), num_prefix_tokens=1)
-    theirs.load_state_dict(state)
-    images = torch.rand(1, 3, *size)
-    with torch.no_grad():
-        tokens = ours.patch_tokens(images)
-        expected = theirs.forward_features((images - 0.5) / 0.5)[:, 1:]
-    assert tokens.shape[1:3] == (16, 8)
+    assert tokens.shape[1] / tokens.shape[2] == size[0] / size[1]
     torch.testing.assert_close(tokens.flatten(1, 2), expected, atol=1e-5, rtol=1e-4)
 
 
