@@ -1,27 +1,14 @@
 """The folder layout, images and masks, and how they become batches."""
-import argparse
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms.v2 import functional
 
 import data
 from data import Folder, LabelledImages
 from support.run import DataError
 
 EVERY = list(data.AUGMENT)
-
-
-# --- the folder --------------------------------------------------------------------------------
-
-def test_image_labels_are_what_the_masks_show(toy):
-    folder = Folder(toy)
-    for image_id in folder.ids("train"):
-        mask = data.read_mask(folder.mask_path(image_id), 9)
-        present = set(np.unique(mask).tolist()) - {255} | {0}
-        assert set(folder.image_labels(image_id).nonzero().flatten().tolist()) == present
 
 
 # --- images ------------------------------------------------------------------------------------
@@ -47,19 +34,13 @@ def test_images_come_as_decoded_and_resized_as_pillow_resizes(toy):
 
 # --- masks -------------------------------------------------------------------------------------
 
-def test_palette_is_vocs():
-    palette = data.voc_palette().tolist()  # the development kit's colour map
-    assert palette[0] == [0, 0, 0] and palette[1] == [128, 0, 0] and palette[2] == [0, 128, 0]
-    assert palette[8] == [64, 0, 0] and palette[15] == [192, 128, 128]
-    assert palette[20] == [0, 64, 128] and palette[255] == [224, 224, 192]
-
-
-def test_mask_round_trip_keeps_numbers_and_shows_colours(tmp_path):
+def test_mask_round_trip_keeps_numbers_and_shows_vocs_colours(tmp_path):
     mask = np.array([[0, 1, 20], [255, 15, 2]], np.uint8)
+    colours = [(0, 0, 0), (128, 0, 0), (0, 64, 128), (224, 224, 192), (192, 128, 128), (0, 128, 0)]
     data.save_mask(tmp_path / "m.png", mask)
     assert np.array_equal(data.read_mask(tmp_path / "m.png", 21, (3, 2)), mask)
     with Image.open(tmp_path / "m.png") as image:
-        assert image.mode == "P" and image.convert("RGB").getpixel((1, 1)) == (192, 128, 128)
+        assert image.mode == "P" and [*image.convert("RGB").getdata()] == colours
     assert [path.name for path in tmp_path.iterdir()] == ["m.png"]  # no temporary file stays
 
 
@@ -108,24 +89,10 @@ def test_each_augmentation_does_what_its_name_says(name, change, side):
     assert 10 < sum(torch.equal(r, changed) for r in results) < 30
 
 
-def test_jitter_scales_brightness_contrast_and_saturation_by_up_to_three_tenths():
-    def factors(colours, measure):
-        """measure of the jittered columns, as a multiple of that of the columns themselves."""
-        image = torch.tensor(colours, dtype=torch.uint8).T[:, None].repeat(1, 4, 4)
-        found = [measure(result.float()) for result in augmented("jitter", image, 200)]
-        return [(value / measure(image.float())).item() for value in found]
-
-    def contrast(image):  # of greys: relative, so that brightness has no part in it
-        return (image.max() - image.min()) / image.mean()
-
-    def colour(image):  # of one colour: contrast and saturation both move it to its grey
-        return (image.amax(0) - image.amin(0)).mean() / functional.rgb_to_grayscale(image).mean()
-
-    grey, greys, red = [(100, 100, 100)], [(80, 80, 80), (120, 120, 120)], [(130, 90, 90)]
-    for found, low, high in ((factors(grey, torch.mean), 0.7, 1.3),
-                             (factors(greys, contrast), 0.7, 1.3),
-                             (factors(red, colour), 0.7 ** 2, 1.3 ** 2)):
-        assert low - 0.04 < min(found) < low + 0.15 and high - 0.3 < max(found) < high + 0.04
+def test_jitter_scales_brightness_by_up_to_three_tenths():
+    grey = torch.full((3, 4, 4), 100, dtype=torch.uint8)
+    found = [result.float().mean().item() for result in augmented("jitter", grey, 200)]
+    assert 69 <= min(found) < 85 and 115 < max(found) <= 131
 
 
 def test_augmentation_is_a_function_of_seed_and_draw_alone(toy):
@@ -143,25 +110,6 @@ def test_augmentation_is_a_function_of_seed_and_draw_alone(toy):
     assert all(map(torch.equal, first, again))
     assert len({image.numpy().tobytes() for image in first}) == 8
     assert not any(map(torch.equal, first, images(6, range(8))))
-
-
-@pytest.mark.parametrize("make", [
-    lambda folder, ids: LabelledImages(folder, ids, 48, EVERY, seed=1),
-    lambda folder, ids: data.MaskedImages(folder, ids, folder.root / "SegmentationClass", 64,
-                                          (0.5, 1.5), 1, (128, 128, 128))])
-def test_batches_are_equal_for_any_number_of_workers(toy, make):
-    folder = Folder(toy)
-    dataset = make(folder, folder.ids("train"))
-
-    def loaded(workers):
-        sampler = data.batches(24, 4, seed=1, start=0, stop=8)
-        return list(data.loader(dataset, argparse.Namespace(workers=workers), torch.device("cpu"),
-                                batch_sampler=sampler))
-
-    alone, shared = loaded(0), loaded(2)
-    assert len(alone) == len(shared) == 8
-    for batch, other in zip(alone, shared):
-        assert all(map(torch.equal, batch, other))
 
 
 def test_without_augmentation_training_sees_the_resized_image(toy):
