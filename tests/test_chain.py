@@ -87,10 +87,9 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 sys.modules.update(dict.fromkeys(("matplotlib", "torchmetrics", "pycocotools")))
 import data, evaluate, make_pseudo, train_cls, train_seg
-where = "--data data --run new --workers 0".split()
-small = "--batch-size 4 --epochs 1".split(), "--batch-size 4 --iterations 2".split()
-for stage, flags in ((train_cls, small[0]), (make_pseudo, []), (train_seg, small[1]), (evaluate, [])):
-    stage.main(stage.parse_args([*where, *flags]))
+for stage, flags in ((train_cls, "--batch-size 4 --epochs 1"), (make_pseudo, ""),
+                     (train_seg, "--batch-size 4 --iterations 2"), (evaluate, "")):
+    stage.main(stage.parse_args(f"--data data --run new --workers 0 {{flags}}".split()))
 data.main(data.parse_args("toy --root more --num 1 1 1".split()))"""
     script("-c", code, cwd=place)
     with Image.open("new/figure.png") as picture:
@@ -100,7 +99,7 @@ data.main(data.parse_args("toy --root more --num 1 1 1".split()))"""
 @pytest.mark.parametrize("made, split, refined", [
     ("pred", "test", False), ("bpm", "train", False), ("pseudo", "train", True)])
 def test_scores_are_a_count_over_the_files_and_say_how_those_were_made(place, made, split, refined):
-    call(f"masks --masks run/{made} --split {split}")
+    call(f"masks --masks run/{made} --split {split} --workers {int(refined)}")
     results = json.loads(Path(f"run/{made}/results.json").read_text())
     ids = ids_of(split)
     assert (results["split"], results["num_images"]) == (split, len(ids))
@@ -144,6 +143,7 @@ def test_predictions_of_another_data_set_with_the_same_ids_are_not_reused(place,
 
 def test_export_for_vocs_server_needs_no_ground_truth(place):
     shutil.rmtree("data/SegmentationClass")
+    shutil.rmtree("run/pred")
     victim = Path("data/JPEGImages/test_00000.jpg")
     Image.open(victim).resize((70, 55)).save(victim)
     for split in ("test", "val", "test"):
@@ -190,6 +190,9 @@ def test_stages_2_and_4_predict_in_windows(place):
     assert masks("run/bpm") == whole
     call("pseudo --overwrite --window 24")
     assert masks("run/bpm") != whole
+    whole = masks("run/pred")
+    call("eval --window 96")
+    assert masks("run/pred") == whole
     call("eval --window 64 --stride 16")
     made = json.loads(Path("run/pred/settings.json").read_text())
     assert (made["window"], made["stride"]) == (64, 16)
@@ -226,14 +229,14 @@ def test_a_killed_training_goes_on_to_the_same_weights(place, line, printed, fil
 
 def test_masks_are_skipped_not_mixed_and_overwritten_on_request(place, capsys):
     written = masks("run/pseudo")
-    removed, cut, kept = sorted(written)[:3]
+    removed, cut, empty, other, kept = sorted(written)[:5]
     Path("run/pseudo", removed).unlink()
-    Path("run/pseudo", cut).write_bytes(written[cut][:60])
+    for name, content in ((cut, written[cut][:60]), (empty, b""), (other, b"no image")):
+        Path("run/pseudo", name).write_bytes(content)
     Image.new("L", (96, 96)).save(f"run/pseudo/{kept}")
     call("pseudo")
     again = masks("run/pseudo")
-    assert again[removed] == written[removed] and again[cut] == written[cut]
-    assert again[kept] != written[kept]
+    assert {name for name in written if again[name] != written[name]} == {kept}
     assert "--overwrite" in refusal("pseudo --size 96", capsys)
     call("pseudo --crf auto")  # who computes it is no setting of the masks
     bpm = masks("run/bpm")
@@ -241,13 +244,8 @@ def test_masks_are_skipped_not_mixed_and_overwritten_on_request(place, capsys):
     assert masks("run/bpm") == bpm and masks("run/pseudo") == again
     call("pseudo --overwrite")
     assert masks("run/pseudo") == written
-
-
-def test_masks_of_two_splits_share_a_folder(place):
-    before = masks("run/pseudo")
-    call("pseudo --split val")
-    after = masks("run/pseudo")
-    assert len(after) == 8 + 2 and before.items() <= after.items()
+    call("pseudo --split val")  # two splits share a folder
+    assert len(masks("run/pseudo")) == 8 + 2 and written.items() <= masks("run/pseudo").items()
 
 
 def test_predictions_are_skipped_and_made_anew_with_other_settings(place):
@@ -270,6 +268,8 @@ def test_predictions_are_skipped_and_made_anew_with_other_settings(place):
     pytest.param("cls", "--compile", 1e-4, marks=needs_compiler),
     pytest.param("seg", "--compile", 1e-4, marks=needs_compiler), ("cls", "--amp", 2e-2)])
 def test_compiled_and_bfloat16_runs_have_the_same_losses(place, monkeypatch, name, flag, tolerance):
+    from torch._dynamo.utils import counters
+    counters.clear()
     create = backbones._vit  # of one block: four take inductor another half a minute
     monkeypatch.setattr(backbones, "_vit", lambda *of, **size: create(*of, **size | {"depth": 1}))
     if name == "seg":  # without inductor's C++, which takes a minute
@@ -281,7 +281,8 @@ def test_compiled_and_bfloat16_runs_have_the_same_losses(place, monkeypatch, nam
     assert losses("fast") == pytest.approx(losses("plain"), rel=tolerance)
     fast, plain = (weights(f"{run}/{name}.pt") for run in ("fast", "plain"))
     assert fast.keys() == plain.keys()  # a checkpoint does not depend on it
-    assert not all(torch.equal(fast[key], value) for key, value in plain.items())  # it was used
+    assert counters["stats"]["unique_graphs"] or not all(  # it was used
+        torch.equal(fast[key], value) for key, value in plain.items())
 
 
 # --- several ranks -----------------------------------------------------------------------------
@@ -320,18 +321,13 @@ def test_two_ranks_write_the_masks_of_one_process(place, script, one_thread):
         assert masks(f"two/{out}") == masks(f"one/{out}")
 
 
-def test_a_rank_that_dies_ends_the_job_with_its_message(place, script):
-    Path("data/JPEGImages/train_00005.jpg").write_bytes(b"no image")
-    code, output = script(*TORCHRUN, *command("cls --run new"), env=ONE_THREAD, cwd=place,
-                          check=False, timeout=90)
-    told = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert code != 0 and len(told) == 1, output
-    assert "train_00005.jpg cannot be read" in told[0]
-
-
-def test_a_mistake_ends_with_one_line_and_exit_code_1(place, script):
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["one process", "two ranks"])
+def test_a_damaged_image_ends_the_job_in_one_line(place, script, launcher):
     victim = Path("data/JPEGImages/train_00005.jpg")
     victim.write_bytes(victim.read_bytes()[:1500])
-    code, output = script(*command("cls --run new --workers 2"), cwd=place, check=False)
-    assert code == 1 and "Traceback" not in output
-    assert len(output.strip().splitlines()) == 1 and victim.name in output
+    code, output = script(*launcher, *command("cls --run new --workers 1"), cwd=place, check=False,
+                          env=ONE_THREAD, timeout=90)
+    told = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(told) == 1, output
+    assert "train_00005.jpg cannot be read" in told[0]
+    assert launcher or len(output.splitlines()) == 1  # torchrun adds a report of its own
