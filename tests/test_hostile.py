@@ -169,7 +169,6 @@ FOLDER = [  # what is done, the call, what its line must say
     *((partial(add_line, CLASSES, "more"), line, f"(?=.*{CLASSES}).*has other classes")
       for line in ("pseudo", "eval")),
     (lambda: split_with("train_00003"), "cls", f"{TRAIN} lists train_00003 twice"),
-    (lambda: split_with("test_00001"), "eval", f"{TEST} lists test_00001 twice"),
     (lambda: add_line(LABELS, f"{FIRST} checks_red"), "cls", f"{LABELS} has two lines for {FIRST}"),
     *((partial(split_with, "stranger"), line, f"{LABELS}: no label for stranger: add 'stranger NAM")
       for line in ("cls", "pseudo")),
@@ -189,7 +188,6 @@ FOLDER = [  # what is done, the call, what its line must say
     (lambda: (os.mkdir("kit"), shutil.move("data", "kit/VOC2012")), "cls --data kit",
      "kit/classes.txt not found: pass --data kit/VOC2012"),
     (lambda: add_line(TRAIN, "img (1)"), "cls", rf"{TRAIN}, line 9: 'img \(1\)' {BLANK}"),
-    (lambda: text(TEST, "img (1)", "img (2)"), "eval", rf"{TEST}, line 1: 'img \(1\)' has a blank"),
     (lambda: add_line(TEST, "test_00000 test_00001"), "eval",
      f"{TEST}, line 3: 'test_00000 test_00001' {BLANK}"),
     *((partial(add_line, TRAIN, f"{FIRST}  {sign}"), "cls", f"line 9: '{FIRST}  {sign}' {MAIN}")

@@ -13,7 +13,7 @@ import evaluate
 import make_pseudo
 import train_cls
 import train_seg
-from model import CPFCTE, ClassifierConfig
+from conftest import classifier
 from support import run
 from support.inference import load_model
 from support.run import DataError, in_workers
@@ -124,14 +124,12 @@ def test_a_line_on_the_screen_is_a_line_in_the_log(tmp_path, capsys):
         "stage  epoch 1  loss 0.1235  val_map None", "stage  epoch 2  loss 1e-09  val_map 0.5"]
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines[0] == dict(stage="stage", epoch=1, loss=0.123456, val_map=None)
-    assert lines[1]["loss"] == 1e-9
 
 
 # --- checkpoints -------------------------------------------------------------------------------
 
 def test_a_checkpoint_rebuilds_its_model(tmp_path):
-    torch.manual_seed(0)
-    model = CPFCTE(ClassifierConfig(5, "vit_toy", class_tokens="append")).eval()
+    model = classifier(class_tokens="append")
     args = train_cls.parse_args(["--data", "x", "--run", str(tmp_path)])
     run.save_checkpoint(tmp_path / "cls.pt", "cls", model, args, classes=["background", "a"],
                         ids=["1"], labels="f00", epoch=1, optimizer={})

@@ -160,10 +160,3 @@ def test_a_cell_is_the_mean_over_the_windows_that_hold_it():
                     for top in (0, 2, 3) for left in (0, 2, 4, 6)
                     if top <= y < top + 3 and left <= x < left + 3]
             torch.testing.assert_close(result[y, x], torch.cat(seen)[:, 0, 0].mean(dim=0))
-
-
-@pytest.mark.parametrize("window", [None, 64, 640])
-def test_one_window_that_covers_the_image_is_the_whole_image(window):
-    images, network = torch.rand(1, C, 64, 48), Tagged()
-    assert torch.equal(slide(network, images, CELL, window, 8), Tagged()(images))
-    assert network.windows == [(64, 48)]
