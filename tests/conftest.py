@@ -89,8 +89,7 @@ def coco(tmp_path):
         mask[rows, columns] = 1
         return dict(size=[32, 48], counts=coder.encode(mask)["counts"].decode())
 
-    runs = [2 * 32 + 20, *19 * [10, 22], 10, 834]  # down the columns: rows 20 to 29 of 2 to 21
-    crowd = dict(size=[32, 48], counts=runs)
+    crowd = dict(size=[32, 48], counts=[84, *19 * [10, 22], 10, 834])  # rows 20-29, columns 2-21
     objects = {  # image: class id, area, is a crowd, shape
         "train": {i: [(1, 100, 0, box(4, 4, 20, 28)), (90, 20, 0, box(30, 2, 40, 6))]
                   for i in (1, 2, 3, 4)},

@@ -20,7 +20,8 @@ B, C, h, w = 2, 5, 3, 4
 
 @pytest.mark.eq7
 @pytest.mark.parametrize("class_tokens, context", [
-    ("none", "none"), ("soft", "none"), ("all", "raster"), ("append", "hv"), ("soft", "hv")])
+    ("none", "none"), ("soft", "conv"), ("soft", "pool"), ("all", "raster"), ("append", "hv"),
+    ("soft", "hv")])
 def test_forward_gives_a_distribution_over_classes_for_each_patch(class_tokens, context):
     Y = classifier(class_tokens=class_tokens, context=context)(torch.rand(B, 3, 96, 64))
     assert Y.shape == (B, 12, 8, C) and Y.dtype == torch.float32

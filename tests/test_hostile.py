@@ -437,21 +437,19 @@ def test_a_mistake_is_told_in_one_line_and_changes_nothing(place, capsys, spoil,
 
 FLAGS = {
     "data": ["--cooccur 1.5 toy --root x", "--num 0 1 1 toy --root x"],
-    "cls": ["--lr -1", "--lr nan", "--lr inf", "--lr 0", "--late-lr -1", "--late-lr nan",
-            "--dropout 1.0", "--dropout -0.1", "--dropout nan", "--seed -1", f"--seed {2**63}",
-            "--workers -1", "--train-blocks -1", "--frozen-epochs -1", "--epochs 0",
-            "--batch-size 0", "--size 0", "--size 48.5", "--top-k 0", "--pool median",
-            "--augment mirror", "--preset imagenet", "--class-tokens append --context none",
-            "--class-tokens append --context conv", "--class-tokens append --context pool",
-            "--tokens t --augment flip"],
-    "pseudo": ["--size 0", "--size -8", "--size-ratio 0", "--size-ratio nan", "--size-ratio inf",
-               "--workers -2", "--crf-iterations nan", "--crf-iterations -1", "--crf-sxy nan",
-               "--crf-sxy 0", "--crf-srgb -3", "--crf-srgb=-inf", "--crf-srgb x",
-               "--crf-compat nan", "--crf-compat -1", "--crf magic", "--tokens t --window 48"],
-    "seg": ["--lr nan", "--lr=-inf", "--aspp-lr -1", "--aspp-lr nan", "--rescale 1.5 0.5",
-            "--rescale 0 1", "--rescale nan 1", "--rescale 1", "--scales 0", "--scales 1 -0.5",
-            "--scales nan", "--val-images -1", "--iterations 0", "--save-every 0", "--crop 0",
-            "--seed -1", f"--seed {2**63}", "--workers -1"],
+    "cls": ["--lr -1", "--lr nan", "--lr inf", "--lr 0", "--late-lr -1", "--dropout 1.0",
+            "--dropout -0.1", "--seed -1", f"--seed {2**63}", "--workers -1", "--train-blocks -1",
+            "--frozen-epochs -1", "--epochs 0", "--batch-size 0", "--size 0", "--size 48.5",
+            "--top-k 0", "--pool median", "--augment mirror", "--preset imagenet",
+            "--class-tokens append --context none", "--class-tokens append --context conv",
+            "--class-tokens append --context pool", "--tokens t --augment flip"],
+    "pseudo": ["--size 0", "--size -8", "--size-ratio 0", "--size-ratio inf", "--workers -2",
+               "--crf-iterations nan", "--crf-iterations -1", "--crf-sxy nan", "--crf-sxy 0",
+               "--crf-srgb -3", "--crf-srgb=-inf", "--crf-srgb x", "--crf-compat -1",
+               "--crf magic", "--tokens t --window 48"],
+    "seg": ["--lr nan", "--lr=-inf", "--aspp-lr -1", "--rescale 1.5 0.5", "--rescale 0 1",
+            "--rescale nan 1", "--rescale 1", "--scales 0", "--scales 1 -0.5", "--scales nan",
+            "--val-images -1", "--iterations 0", "--save-every 0", "--crop 0", "--seed -1"],
     "eval": ["--workers -1", "--crf-iterations nan", "--crf-compat inf", "--crf-sxy -1",
              "--export --masks run/bpm", "--image photo.png"],
     "photo": ["--out out.jpg", "--out photo.png", "--export"]}
@@ -820,14 +818,14 @@ def test_images_of_train_and_val_are_counted(place, capsys):
 
 def test_the_second_run_in_a_folder_waits(place, capsys):
     code = """
-import sys, time
+import sys
 from pathlib import Path
 from support.run import open_run
 open_run(Path(sys.argv[1]))
 print("held", flush=True)
-time.sleep(600)"""
+sys.stdin.read()"""
     with subprocess.Popen([sys.executable, "-c", code, str(place / "run")], cwd=ROOT,
-                          stdout=subprocess.PIPE) as first:
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
         assert first.stdout.readline() == b"held\n"
         for line in GO_ON:
             assert re.search(rf"--run run is in use by process {first.pid} on .*: wait for it",
@@ -918,12 +916,14 @@ def specimens(folder):
 
 
 def damaged(content):
-    """A file's bytes cut, changed, and doubled in part, at many places and most in its head."""
-    for place in sorted({*range(0, 256, 8), *range(0, len(content), len(content) // 30 + 1)}):
-        before, after = content[:place], content[place:]
-        yield before
-        yield before + bytes(byte ^ 1 << place % 7 for byte in after[:1]) + after[1:]
-        yield before + content[max(0, place - 20):]
+    """A file's bytes with one bit changed, cut, and doubled in part, mostly in its head."""
+    places = [*range(256), *range(256, len(content), len(content) // 30 + 1)]
+    for place in places:
+        byte = content[place] ^ 1 << place % 7
+        yield content[:place] + bytes([byte]) + content[place + 1:]
+    for place in places[::8]:
+        yield content[:place]
+        yield content[:place] + content[max(0, place - 20):]
 
 
 def read_or_refused(read, path):

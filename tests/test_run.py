@@ -37,7 +37,7 @@ OPEN_FILES = "too many open files: lower --workers, or raise the limit, as with 
     (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space"), DISK),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
      "a worker process died (no memory?): call again, with fewer --workers"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MEMORY),
+    (RuntimeError("CUDA error: out of memory"), MEMORY),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't "
                   "allocate memory: you tried to allocate 1 bytes."), MEMORY),
     (MemoryError(), MEMORY),
@@ -91,7 +91,6 @@ def test_help_of_every_stage_shows_its_presets(stage, words, capsys):
         stage.parse_args(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert caught.value.code == 0 and words in shown
-    assert stage.__doc__.splitlines()[0] in shown
 
 
 @pytest.mark.parametrize("stage, name", [
