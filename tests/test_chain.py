@@ -249,16 +249,16 @@ def test_masks_are_skipped_not_mixed_and_overwritten_on_request(place, capsys):
 
 
 def test_stage_2_goes_on_where_a_mistake_ended_it(place, capsys):
-    written, victim = masks("run/pseudo"), Path("data/JPEGImages/train_00005.jpg")
+    victim = Path("data/JPEGImages/train_00005.jpg")
     whole = victim.read_bytes()
     victim.write_bytes(b"no image")
     with pytest.raises(SystemExit, match="train_00005.jpg cannot be read"):
         call("pseudo --overwrite --batch-size 1")
-    assert len(masks("run/pseudo")) == 5
+    before = masks("run/pseudo")
     victim.write_bytes(whole)
     call("pseudo")
     assert "3 of 8 images were still to do" in capsys.readouterr().out
-    assert masks("run/pseudo") == written
+    assert len(before) == 5 and before.items() <= masks("run/pseudo").items()
 
 
 def test_predictions_are_skipped_and_made_anew_with_other_settings(place):

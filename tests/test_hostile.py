@@ -917,7 +917,7 @@ def specimens(folder):
 
 def damaged(content):
     """A file's bytes with one bit changed, cut, and doubled in part, mostly in its head."""
-    places = [*range(256), *range(256, len(content), len(content) // 30 + 1)]
+    places = [k for k in range(len(content)) if k < 256 or k % (len(content) // 30 + 1) == 0]
     for place in places:
         byte = content[place] ^ 1 << place % 7
         yield content[:place] + bytes([byte]) + content[place + 1:]
