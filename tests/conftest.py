@@ -1,10 +1,12 @@
-"""Shared by the tests: the path, tiny data sets, two ways to run a script."""
+"""Shared by the tests: the path, tiny data sets, a finished run, three ways to run a script."""
+import importlib
 import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +31,31 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{name}: checked by make check")
 
 
-def in_process(stage, *arguments):
-    """Run a stage in this process: in_process(train_cls, "--data", ...)."""
+@contextmanager
+def own_process():
+    """What a process gives back at its end: the locks of its run folders."""
     from support import run
     try:
-        stage.main(stage.parse_args([str(a) for a in arguments]))
-    finally:  # as the end of a process does
+        yield
+    finally:
         while run.HELD:
             run.HELD.popitem()[1].close()
 
+
+def in_process(stage, *arguments):
+    """Run a stage in this process: in_process(train_cls, "--data", ...)."""
+    with own_process():
+        stage.main(stage.parse_args([str(a) for a in arguments]))
+
+
+def classifier(num_classes=5, **config):
+    """A small CPFCTE of random weights, ready to use."""
+    from model import CPFCTE, ClassifierConfig
+    torch.manual_seed(0)
+    return CPFCTE(ClassifierConfig(num_classes, "vit_toy", **config)).eval()
+
+
+# --- data sets ---------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
@@ -66,23 +84,18 @@ def coco(tmp_path):
     def box(x, y, right, bottom):
         return [[x, y, right, y, right, bottom, x, bottom]]
 
-    def rle(rows, columns, compressed):
+    def rle(rows, columns):
         mask = np.zeros((32, 48), np.uint8, order="F")
         mask[rows, columns] = 1
-        if compressed:
-            coded = coder.encode(mask)
-            return dict(size=[32, 48], counts=coded["counts"].decode())
-        runs = np.diff(np.flatnonzero(np.diff(mask.ravel("F"), prepend=2, append=2))).tolist()
-        return dict(size=[32, 48], counts=runs)  # starts with zeros, as the format asks
+        return dict(size=[32, 48], counts=coder.encode(mask)["counts"].decode())
 
-    crowd = rle(slice(20, 30), slice(2, 22), compressed=False)
+    crowd = dict(size=[32, 48], counts=[84, *19 * [10, 22], 10, 834])  # rows 20-29, columns 2-21
     objects = {  # image: class id, area, is a crowd, shape
         "train": {i: [(1, 100, 0, box(4, 4, 20, 28)), (90, 20, 0, box(30, 2, 40, 6))]
                   for i in (1, 2, 3, 4)},
         "val": {101: [(10, 64, 0, box(8, 8, 16, 16)), (1, 384, 0, box(4, 4, 20, 28)),
-                      (90, 40, 0, rle(slice(2, 6), slice(30, 40), compressed=True)),
-                      (1, 200, 1, crowd)],
-                102: [(1, 1536, 1, rle(slice(0, 32), slice(0, 48), compressed=True))]}}
+                      (90, 40, 0, rle(slice(2, 6), slice(30, 40))), (1, 200, 1, crowd)],
+                102: [(1, 1536, 1, rle(slice(0, 32), slice(0, 48)))]}}
     for split, numbers in (("train", range(1, 6)), ("val", range(101, 104))):
         images = [dict(id=i, file_name=f"COCO_{split}2014_{i:012d}.jpg", height=32, width=48)
                   for i in numbers]
@@ -98,6 +111,79 @@ def coco(tmp_path):
             pixels = rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / f"{split}2014" / image["file_name"])
     return root
+
+
+# --- a finished run ----------------------------------------------------------------------------
+
+TRAINS = "--data data --run run --workers 0 --batch-size 4 "
+CALLS = {  # name: script, its usual flags; later flags win
+    "data": ("data", ""),
+    "cls": ("train_cls", TRAINS + "--epochs 1 --size 48"),
+    "pseudo": ("make_pseudo", "--data data --run run --workers 0 --crf torch --crf-iterations 1"),
+    "seg": ("train_seg", TRAINS + "--iterations 2 --save-every 2 --crop 48"),
+    "eval": ("evaluate", "--data data --run run --workers 0"),
+    "masks": ("evaluate", "--data data --workers 0 --masks run/pseudo --split train"),
+    "photo": ("evaluate", "--run run --image photo.png --out out.png --workers 0")}
+
+
+def command(line):
+    """command("cls --epochs 2"): the words of one of CALLS with more flags, after `python`."""
+    name, *flags = line.split()
+    script, usual = CALLS[name]
+    return [ROOT / f"{script}.py", *usual.split(), *flags]
+
+
+def call(line):
+    """Run a command in this process; a mistake ends in SystemExit."""
+    from support.run import launch
+    script, *flags = command(line)
+    stage = importlib.import_module(script.stem)
+    with own_process():
+        launch(stage.main, stage.parse_args(flags))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """(where tests work, the copy that is kept): all four stages at the smallest size."""
+    from datasets import beetles
+    place = tmp_path_factory.mktemp("finished") / "place"
+    beetles.make_toy(place / "data", (8, 2, 2))
+    Image.new("RGB", (40, 30), (90, 160, 30)).save(place / "photo.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        for line in ("cls", "pseudo", "seg", "eval"):
+            call(line)
+    return place, Path(shutil.copytree(place, place.parent / "kept"))
+
+
+@pytest.fixture
+def place(finished_run, monkeypatch):
+    """The working directory: data/, run/ and photo.png, as the stages left them."""
+    place, kept = finished_run
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(kept, place)  # the same path again: masks know the folder of their data
+    monkeypatch.chdir(place)
+    return place
+
+
+def contents(folder="."):
+    """{path: bytes} of every file, but the log, which each stage adds to, and the lock."""
+    return {str(path): path.read_bytes() for path in Path(folder).rglob("*")
+            if path.is_file() and path.name not in ("log.jsonl", ".lock")}
+
+
+def refusal(line, capsys):
+    """The one line that a call ends with; nothing that was written may have changed."""
+    before = contents()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        call(line)
+    assert contents() == before
+    told = ended.value.code
+    if told == 2:  # argparse: the usage, then the line
+        told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert isinstance(told, str) and len(told.splitlines()) == 1, told
+    return told
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,12 @@
-"""The scripts as a person runs them: the whole chain, interruptions, several ranks, mistakes."""
+"""The scripts as a person runs them: the whole chain, interruptions, several ranks."""
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,16 +18,18 @@ import evaluate
 import make_pseudo
 import train_cls
 import train_seg
-from conftest import ROOT, in_process, needs_compiler
+from conftest import ROOT, call, command, in_process, needs_compiler, refusal
 from datasets import coco as coco_maker
 from datasets.beetles import TOY_CLASSES
 from support import backbones
 from support.pictures import PICTURE
-from support.run import DataError
 
-CLS = ("--epochs", "2", "--batch-size", "4")
-SEG = ("--iterations", "6", "--save-every", "3", "--batch-size", "4", "--val-images", "4")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def ids_of(split):
+    return Path(f"data/ImageSets/Segmentation/{split}.txt").read_text().split()
 
 
 def weights(path):
@@ -37,68 +42,70 @@ def assert_same_weights(a, b):
 
 
 def masks(folder):
-    found = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    found = {path.name: path.read_bytes() for path in Path(folder).glob("*.png")}
     assert found
     return found
 
 
-@pytest.fixture(scope="session")
-def run(toy, tmp_path_factory, script):
-    """The four stages on the tiny toy data set: (RUN, what stage 4 prints as a command)."""
-    run = tmp_path_factory.mktemp("runs") / "first"
-    where = ("--data", toy, "--run", run)
-    in_process(train_cls, *where, *CLS)
-    in_process(make_pseudo, *where)
-    in_process(train_seg, *where, *SEG)
-    return run, script("evaluate.py", *where)[1]
+def log_of(run):
+    return [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
 
 
-def test_the_chain_writes_what_the_readme_says(run, toy):
-    run, output = run
-    ids = (toy / "ImageSets/Segmentation/train.txt").read_text().split()
-    assert set(masks(run / "bpm")) == set(masks(run / "pseudo")) == {f"{i}.png" for i in ids}
-    assert len(masks(run / "pred")) == 8
-    results = json.loads((run / "results.json").read_text())
-    assert (results["split"], results["num_images"]) == ("test", 8)
+def losses(run):
+    return [line["loss"] for line in log_of(run)]
+
+
+# --- the chain ---------------------------------------------------------------------------------
+
+def test_the_chain_writes_what_the_readme_says(place, capsys):
+    call("eval")
+    output = capsys.readouterr().out
+    expected = {f"{image_id}.png" for image_id in ids_of("train")}
+    assert set(masks("run/bpm")) == set(masks("run/pseudo")) == expected
+    assert set(masks("run/pred")) == {f"{image_id}.png" for image_id in ids_of("test")}
+    results = json.loads(Path("run/results.json").read_text())
+    assert (results["split"], results["num_images"], results["seed"]) == ("test", 2, 0)
     assert results["crf"] is False and results["image_labels_used"] is False
-    assert results["seed"] == 0 and list(results["iou"]) == TOY_CLASSES
-    assert set(results["part_recall"]) == {"body", "head"}
+    assert list(results["iou"]) == TOY_CLASSES and set(results["part_recall"]) == {"body", "head"}
     assert f"mIoU {100 * results['miou']:.2f} %" in output
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    stages = [line["stage"] for line in lines]
-    assert stages == [s for s in ("train_cls", "make_pseudo", "train_seg") for _ in range(2)]
-    assert [line["masks"] for line in lines if "masks" in line] == [
+    log = log_of("run")
+    assert [line["stage"] for line in log] == [
+        "train_cls", "make_pseudo", "make_pseudo", "train_seg"]
+    assert [line["masks"] for line in log[1:3]] == [
         "BPM, CPF-CTE w/o CRF in Table 1", "CRF, CPF-CTE in Table 1"]
-    with Image.open(run / "figure.png") as figure:
+    with Image.open("run/figure.png") as figure:
         assert figure.width == 1100 and figure.height > 300
-    cls = torch.load(run / "cls.pt", weights_only=True)
-    assert cls["config"]["class_tokens"] == "soft" and cls["epoch"] == 2 and cls["classes"]
+    cls = torch.load("run/cls.pt", weights_only=True)
+    assert cls["config"]["class_tokens"] == "soft" and cls["epoch"] == 1
+    assert cls["classes"] == TOY_CLASSES
 
 
-def test_the_stages_need_the_users_packages_only(toy, tmp_path):
+def test_the_stages_need_the_users_packages_only(place, script):
     """requirements.txt has none of these three: they are of extras/, datasets/ and tests/."""
     code = f"""
 import sys
+sys.path.insert(0, {str(ROOT)!r})
 sys.modules.update(dict.fromkeys(("matplotlib", "torchmetrics", "pycocotools")))
 import data, evaluate, make_pseudo, train_cls, train_seg
-words = ["--data", {str(toy)!r}, "--run", {str(tmp_path)!r}, "--workers", "0"]
-for stage, flags in ((train_cls, {CLS}), (make_pseudo, ()), (train_seg, {SEG}), (evaluate, ())):
-    stage.main(stage.parse_args([*words, *flags]))
-data.main(data.parse_args(["toy", "--root", {str(tmp_path / "more")!r}, "--num", "1", "1", "1"]))"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    with Image.open(tmp_path / "figure.png") as picture:
+for stage, flags in ((train_cls, "--batch-size 4 --epochs 1"), (make_pseudo, ""),
+                     (train_seg, "--batch-size 4 --iterations 2"), (evaluate, "")):
+    stage.main(stage.parse_args(f"--data data --run new --workers 0 {{flags}}".split()))
+data.main(data.parse_args("toy --root more --num 1 1 1".split()))"""
+    script("-c", code, cwd=place)
+    with Image.open("new/figure.png") as picture:
         assert picture.info["Title"] == PICTURE and picture.width == 1100
 
 
-def test_scores_agree_with_a_count_over_the_written_files(run, toy):
-    run, _ = run
-    results = json.loads((run / "results.json").read_text())
-    truth, guess = [], []
-    for path in (run / "pred").glob("*.png"):
-        truth.append(np.array(Image.open(toy / "SegmentationClass" / path.name)).ravel())
-        guess.append(np.array(Image.open(path)).ravel())
-    truth, guess = np.concatenate(truth), np.concatenate(guess)
+@pytest.mark.parametrize("made, split, refined", [
+    ("pred", "test", False), ("bpm", "train", False), ("pseudo", "train", True)])
+def test_scores_are_a_count_over_the_files_and_say_how_those_were_made(place, made, split, refined):
+    call(f"masks --masks run/{made} --split {split} --workers {int(refined)}")
+    results = json.loads(Path(f"run/{made}/results.json").read_text())
+    ids = ids_of(split)
+    assert (results["split"], results["num_images"]) == (split, len(ids))
+    assert (results["crf"], results["image_labels_used"]) == (refined, made != "pred")
+    truth, guess = (np.stack([np.array(Image.open(f"{folder}/{image_id}.png")) for image_id in ids])
+                    for folder in ("data/SegmentationClass", f"run/{made}"))
     for label, (name, iou) in enumerate(results["iou"].items()):
         both = ((truth == label) & (guess == label)).sum()
         either = ((truth == label) | ((guess == label) & (truth != 255))).sum()
@@ -106,60 +113,47 @@ def test_scores_agree_with_a_count_over_the_written_files(run, toy):
     assert results["pixel_accuracy"] == pytest.approx((truth == guess)[truth != 255].mean())
 
 
-def test_same_seed_same_numbers_and_training_sees_no_mask(run, toy, toy_copy, tmp_path):
-    first, second = run[0], tmp_path / "second"
-    shutil.rmtree(toy_copy / "SegmentationClass")
-    shutil.rmtree(toy_copy / "Parts")
-    in_process(train_cls, "--data", toy_copy, "--run", second, *CLS, "--workers", "0")
-    in_process(make_pseudo, "--data", toy_copy, "--run", second, "--workers", "0")
-    assert_same_weights(first / "cls.pt", second / "cls.pt")
-    for out in ("bpm", "pseudo"):
-        assert masks(first / out) == masks(second / out)
-    in_process(train_seg, "--data", toy, "--run", second, *SEG, "--workers", "1")
-    in_process(evaluate, "--data", toy, "--run", second, "--workers", "0")
-    a, b = (json.loads((r / "results.json").read_text()) for r in (first, second))
+def test_same_seed_same_numbers_and_training_sees_no_mask(place):
+    shutil.move("data/SegmentationClass", "truth")
+    shutil.move("data/Parts", "parts")
+    call("cls --run second --workers 2")
+    call("pseudo --run second --workers 2")
+    shutil.move("truth", "data/SegmentationClass")
+    shutil.move("parts", "data/Parts")
+    call("seg --run second --workers 1")
+    call("eval --run second --workers 2")
+    for name in ("cls.pt", "seg.pt"):
+        assert_same_weights(f"run/{name}", f"second/{name}")
+    for out in ("bpm", "pseudo", "pred"):
+        assert masks(f"run/{out}") == masks(f"second/{out}")
+    first, second = (json.loads(Path(run, "results.json").read_text()) for run in ("run", "second"))
     for path in ("masks", "checkpoint"):
-        assert a.pop(path) != b.pop(path)
-    assert a == b
+        assert first.pop(path) != second.pop(path)
+    assert first == second
 
 
-def test_folders_of_masks_know_how_they_were_made(run, toy, toy_copy, capsys):
-    run, _ = run
-    for out, refined in (("bpm", False), ("pseudo", True)):
-        in_process(evaluate, "--data", toy, "--masks", run / out, "--split", "train")
-        results = json.loads((run / out / "results.json").read_text())
-        assert results["crf"] is refined and results["image_labels_used"] is True
-        assert results["split"] == "train" and results["num_images"] == 24
-    truth = toy_copy / "SegmentationClass"
-    in_process(evaluate, "--data", toy_copy, "--masks", truth, "--split", "val")
-    assert "mIoU 100.00 %" in capsys.readouterr().out
-
-
-def test_predictions_of_another_data_set_with_the_same_ids_are_not_reused(run, toy_copy, tmp_path):
-    here = shutil.copytree(run[0], tmp_path / "run")
-    for path in (toy_copy / "JPEGImages").glob("test_*.jpg"):
+def test_predictions_of_another_data_set_with_the_same_ids_are_not_reused(place, capsys):
+    shutil.copytree("data", "other")
+    for path in Path("other/JPEGImages").glob("test_*.jpg"):
         Image.new("RGB", (96, 96), (9, 99, 199)).save(path)
-    in_process(evaluate, "--data", toy_copy, "--run", here, "--workers", "0")
-    assert len(set(masks(here / "pred").values())) == 1  # one picture, one mask
-    with pytest.raises(DataError, match="other data"):
-        in_process(make_pseudo, "--data", toy_copy, "--run", here, "--workers", "0")
+    call("eval --data other")
+    assert len(set(masks("run/pred").values())) == 1  # one picture, one mask
+    assert "other data" in refusal("pseudo --data other", capsys)
 
 
-def test_export_for_vocs_server_needs_no_ground_truth(run, toy_copy, tmp_path):
-    here = shutil.copytree(run[0], tmp_path / "run")
-    shutil.rmtree(toy_copy / "SegmentationClass")
-    victim = sorted((toy_copy / "JPEGImages").glob("test_*.jpg"))[0]
+def test_export_for_vocs_server_needs_no_ground_truth(place):
+    shutil.rmtree("data/SegmentationClass")
+    shutil.rmtree("run/pred")
+    victim = Path("data/JPEGImages/test_00000.jpg")
     Image.open(victim).resize((70, 55)).save(victim)
-    in_process(evaluate, "--data", toy_copy, "--run", here, "--export", "--split", "test")
-    exported = here / "results/VOC2012/Segmentation/comp6_test_cls"
-    ids = (toy_copy / "ImageSets/Segmentation/test.txt").read_text().split()
-    in_process(evaluate, "--data", toy_copy, "--run", here, "--export", "--split", "val")
-    in_process(evaluate, "--data", toy_copy, "--run", here, "--export", "--split", "test")
-    files = sorted(path.name for path in (here / "results").rglob("*.*"))
-    assert files == [f"{i}.png" for i in ids]  # those of val are gone
-    written = masks(here / "pred")
+    for split in ("test", "val", "test"):
+        call(f"eval --export --split {split}")
+    exported = Path("run/results/VOC2012/Segmentation/comp6_test_cls")
+    files = sorted(path.name for path in Path("run/results").rglob("*.*"))
+    assert files == [f"{image_id}.png" for image_id in ids_of("test")]  # those of val are gone
+    written = masks("run/pred")
     assert all(written[name] == content for name, content in masks(exported).items())
-    with Image.open(exported / f"{victim.stem}.png") as mask:
+    with Image.open(exported / "test_00000.png") as mask:
         assert mask.mode == "P" and mask.size == (70, 55)
 
 
@@ -179,159 +173,129 @@ def test_coco_goes_through_all_four_stages(coco, tmp_path):
     assert seg["args"]["preset"] == "coco" and seg["config"]["num_classes"] == 81
 
 
-def test_a_photo_is_segmented_with_the_preset_of_its_run(run, tmp_path):
-    Image.new("CMYK", (130, 75), (20, 90, 10, 0)).save(tmp_path / "photo.jpg")
-    out = tmp_path / "photo.png"
-    words = ["--run", run[0], "--image", tmp_path / "photo.jpg", "--out", out, "--crf"]
-    assert evaluate.parse_args([str(word) for word in words]).crf_sxy == 30  # toy's
-    in_process(evaluate, *words)
-    assert data.read_mask(out, 9).shape == (75, 130)
-    with Image.open(tmp_path / "photo_overlay.png") as overlay:
+@pytest.mark.parametrize("flags", ["--crf", "--window 64"])
+def test_a_photo_is_segmented_with_the_preset_of_its_run(place, flags):
+    Image.new("CMYK", (130, 75), (20, 90, 10, 0)).save("photo.jpg")
+    words = f"--run run --image photo.jpg --out out.png {flags}"
+    assert evaluate.parse_args(words.split()).crf_sxy == 30  # toy's
+    call(f"photo {words}")
+    assert data.read_mask("out.png", 9).shape == (75, 130)
+    with Image.open("out_overlay.png") as overlay:
         assert overlay.width > 1000 and overlay.info["Title"] == PICTURE
-    data.save_mask(tmp_path / "photo_overlay.png", np.zeros((4, 4)))  # not drawn by evaluate.py
-    with pytest.raises(DataError, match="photo_overlay.png is in the way"):
-        in_process(evaluate, *words)
 
 
-def test_stages_2_and_4_predict_in_windows(run, toy, tmp_path):
-    here = tmp_path / "run"
-    here.mkdir()
-    for name in ("cls.pt", "seg.pt"):
-        shutil.copy(run[0] / name, here)
-    words = ("--data", toy, "--run", here, "--workers", "0")
-    in_process(make_pseudo, *words, "--window", "96")  # covers the image
-    whole = masks(here / "bpm")
-    assert whole == masks(run[0] / "bpm")
-    with pytest.raises(DataError, match="--overwrite replaces them"):
-        in_process(make_pseudo, *words, "--window", "48")
-    in_process(make_pseudo, *words, "--window", "48", "--overwrite")
-    assert masks(here / "bpm") != whole
-    in_process(evaluate, *words, "--window", "64", "--stride", "16")
-    made = json.loads((here / "pred/settings.json").read_text())
+def test_stages_2_and_4_predict_in_windows(place):
+    whole = masks("run/bpm")
+    call("pseudo --overwrite --window 48")  # covers the image
+    assert masks("run/bpm") == whole
+    call("pseudo --overwrite --window 24")
+    assert masks("run/bpm") != whole
+    whole = masks("run/pred")
+    call("eval --window 96")
+    assert masks("run/pred") == whole
+    call("eval --window 64 --stride 16")
+    made = json.loads(Path("run/pred/settings.json").read_text())
     assert (made["window"], made["stride"]) == (64, 16)
-    Image.new("RGB", (130, 75)).save(tmp_path / "photo.jpg")
-    in_process(evaluate, "--run", here, "--image", tmp_path / "photo.jpg", "--out",
-               tmp_path / "photo.png", "--window", "64")
-    assert data.read_mask(tmp_path / "photo.png", 9).shape == (75, 130)
 
 
 # --- interruptions -----------------------------------------------------------------------------
 
-def kill_after(line, *arguments):
-    """Run a script and kill it, without a chance to clean up, once it has printed a line."""
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+def kill_after(printed, line):
+    """Run a command and kill it, without a chance to clean up, once it has printed this."""
+    process = subprocess.Popen(
+        [sys.executable, *command(line)], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
     for output in process.stdout:
-        if line in output:
+        if printed in output:
             break
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
 
 
-def test_a_killed_classifier_goes_on_to_the_same_weights(toy, tmp_path):
-    settings = ("--data", toy, "--epochs", "3", "--batch-size", "4", "--dropout", "0.2",
-                "--frozen-epochs", "1", "--train-blocks", "2", "--augment", "flip", "jitter")
-    in_process(train_cls, *settings, "--run", tmp_path / "whole")
-    kill_after("epoch 2", "train_cls.py", *settings, "--run", tmp_path / "killed")
-    assert torch.load(tmp_path / "killed/cls.pt", weights_only=True)["epoch"] in (1, 2)
-    with pytest.raises(DataError, match="--resume"):
-        in_process(train_cls, *settings, "--run", tmp_path / "killed")
-    with pytest.raises(DataError, match="--pool topk, now it is max"):
-        in_process(train_cls, *settings, "--run", tmp_path / "killed", "--resume", "--pool", "max")
-    in_process(train_cls, *settings, "--run", tmp_path / "killed", "--resume")
-    assert_same_weights(tmp_path / "whole/cls.pt", tmp_path / "killed/cls.pt")
+@pytest.mark.parametrize("line, printed, file, counter", [
+    ("cls --epochs 8 --dropout 0.2 --frozen-epochs 1 --train-blocks 2 --augment flip jitter",
+     "epoch 2  of 8", "cls.pt", "epoch"),
+    ("seg --iterations 24 --save-every 3 --masks run/pseudo", "iteration 6  of 24", "seg.pt",
+     "step")], ids=["classifier", "segmenter"])
+def test_a_killed_training_goes_on_to_the_same_weights(place, line, printed, file, counter):
+    call(f"{line} --run whole")
+    kill_after(printed, f"{line} --run killed --workers 1")
+    _, least, _, end = printed.split()
+    assert int(least) <= torch.load(f"killed/{file}", weights_only=True)[counter] < int(end)
+    call(f"{line} --run killed --resume")
+    assert_same_weights(f"whole/{file}", f"killed/{file}")
 
 
-def test_a_killed_segmenter_goes_on_to_the_same_weights(run, toy, tmp_path):
-    settings = ("--data", toy, "--masks", run[0] / "pseudo", *SEG, "--iterations", "9")
-    in_process(train_seg, *settings, "--run", tmp_path / "whole")
-    kill_after("iteration 6", "train_seg.py", *settings, "--run", tmp_path / "killed")
-    assert torch.load(tmp_path / "killed/seg.pt", weights_only=True)["step"] in (3, 6)
-    in_process(train_seg, *settings, "--run", tmp_path / "killed", "--resume")
-    assert_same_weights(tmp_path / "whole/seg.pt", tmp_path / "killed/seg.pt")
+def test_masks_are_skipped_not_mixed_and_overwritten_on_request(place, capsys):
+    written = masks("run/pseudo")
+    removed, cut, empty, other, kept = sorted(written)[:5]
+    Path("run/pseudo", removed).unlink()
+    for name, content in ((cut, written[cut][:60]), (empty, b""), (other, b"no image")):
+        Path("run/pseudo", name).write_bytes(content)
+    Image.new("L", (96, 96)).save(f"run/pseudo/{kept}")
+    call("pseudo")
+    again = masks("run/pseudo")
+    assert {name for name in written if again[name] != written[name]} == {kept}
+    assert "--overwrite" in refusal("pseudo --size 96", capsys)
+    call("pseudo --crf auto")  # who computes it is no setting of the masks
+    bpm = masks("run/bpm")
+    call("pseudo --overwrite --crf none")
+    assert masks("run/bpm") == bpm and masks("run/pseudo") == again
+    call("pseudo --overwrite")
+    assert masks("run/pseudo") == written
+    call("pseudo --split val")  # two splits share a folder
+    assert len(masks("run/pseudo")) == 8 + 2 and written.items() <= masks("run/pseudo").items()
 
 
-def test_a_complete_run_is_left_as_it_is(run, toy, tmp_path, capsys):
-    here = shutil.copytree(run[0], tmp_path / "run")
-    for stage, flags, file in ((train_cls, CLS, "cls.pt"), (train_seg, SEG, "seg.pt")):
-        before = (here / file).read_bytes()
-        in_process(stage, "--data", toy, "--run", here, *flags, "--resume")
-        assert f"{file} is finished: nothing to do" in capsys.readouterr().out
-        assert (here / file).read_bytes() == before
+def test_stage_2_goes_on_where_a_mistake_ended_it(place, capsys):
+    victim = Path("data/JPEGImages/train_00005.jpg")
+    whole = victim.read_bytes()
+    victim.write_bytes(b"no image")
+    with pytest.raises(SystemExit, match="train_00005.jpg cannot be read"):
+        call("pseudo --overwrite --batch-size 1")
+    before = masks("run/pseudo")
+    victim.write_bytes(whole)
+    call("pseudo")
+    assert "3 of 8 images were still to do" in capsys.readouterr().out
+    assert len(before) == 5 and before.items() <= masks("run/pseudo").items()
 
 
-def test_a_segmenter_does_not_go_on_with_other_masks(run, toy, tmp_path):
-    here = shutil.copytree(run[0], tmp_path / "run")
-    in_process(make_pseudo, "--data", toy, "--run", here, "--overwrite", "--crf-sxy", "5",
-               "--workers", "0")
-    with pytest.raises(DataError, match="seg.pt was made with other masks"):
-        in_process(train_seg, "--data", toy, "--run", here, *SEG, "--resume")
-
-
-def test_masks_are_skipped_not_mixed_and_overwritten_on_request(run, toy, tmp_path):
-    here = shutil.copytree(run[0], tmp_path / "run")
-    command = (make_pseudo, "--data", toy, "--run", here, "--workers", "0")
-    written = masks(here / "pseudo")
-    removed, cut, kept = sorted(written)[:3]
-    (here / "pseudo" / removed).unlink()
-    (here / "pseudo" / cut).write_bytes(written[cut][:60])
-    Image.new("L", (96, 96)).save(here / "pseudo" / kept)
-    in_process(*command)
-    again = masks(here / "pseudo")
-    assert again[removed] == written[removed] and again[cut] == written[cut]
-    assert again[kept] != written[kept]
-    with pytest.raises(DataError, match="--overwrite"):
-        in_process(*command, "--size", "128")
-    in_process(*command, "--crf", "torch")  # the backend is no setting of the masks
-    in_process(*command, "--overwrite", "--crf", "none")
-    assert masks(here / "bpm") == masks(run[0] / "bpm") and masks(here / "pseudo") == again
-    in_process(*command, "--overwrite")
-    assert masks(here / "pseudo") == written
-
-
-def test_masks_of_two_splits_share_a_folder(run, toy, tmp_path):
-    here = shutil.copytree(run[0], tmp_path / "run")
-    in_process(make_pseudo, "--data", toy, "--run", here, "--split", "val", "--workers", "0")
-    written = masks(here / "pseudo")
-    assert len(written) == 24 + 8 and masks(run[0] / "pseudo").items() <= written.items()
-
-
-def test_predictions_are_skipped_and_made_anew_with_other_settings(run, toy, tmp_path):
-    here = shutil.copytree(run[0], tmp_path / "run")
-    command = (evaluate, "--data", toy, "--run", here, "--workers", "0")
-    in_process(*command)
-    written = masks(here / "pred")
-    removed, kept = sorted(written)[:2]
-    (here / "pred" / removed).unlink()
-    Image.new("L", (96, 96), 3).save(here / "pred" / kept)
-    in_process(*command)
-    again = masks(here / "pred")
+def test_predictions_are_skipped_and_made_anew_with_other_settings(place):
+    written = masks("run/pred")
+    removed, kept = sorted(written)
+    Path("run/pred", removed).unlink()
+    Image.new("L", (96, 96), 3).save(f"run/pred/{kept}")
+    call("eval")
+    again = masks("run/pred")
     assert again[removed] == written[removed] and again[kept] != written[kept]
-    in_process(*command, "--crf")
-    assert json.loads((here / "results.json").read_text())["crf"] is True
-    in_process(*command)
-    assert masks(here / "pred") == written
+    call("eval --crf")
+    assert json.loads(Path("run/results.json").read_text())["crf"] is True
+    call("eval")
+    assert masks("run/pred") == written
 
 
 # --- faster, and the same numbers ---------------------------------------------------------------
 
-def losses(run):
-    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("flag, tolerance", [
-    pytest.param("--compile", 1e-4, marks=needs_compiler), ("--amp", 2e-2)])
-def test_compiled_and_bfloat16_runs_have_the_same_losses(flag, tolerance, toy, tmp_path,
-                                                         monkeypatch):
+@pytest.mark.parametrize("name, flag, tolerance", [
+    pytest.param("cls", "--compile", 1e-4, marks=needs_compiler),
+    pytest.param("seg", "--compile", 1e-4, marks=needs_compiler), ("cls", "--amp", 2e-2)])
+def test_compiled_and_bfloat16_runs_have_the_same_losses(place, monkeypatch, name, flag, tolerance):
+    from torch._dynamo.utils import counters
+    counters.clear()
     create = backbones._vit  # of one block: four take inductor another half a minute
     monkeypatch.setattr(backbones, "_vit", lambda *of, **size: create(*of, **size | {"depth": 1}))
-    settings = ("--data", toy, "--batch-size", "4", "--epochs", "1", "--val-split", "none",
-                "--backbone", "vit_toy_linear")
-    in_process(train_cls, *settings, "--run", tmp_path / "plain", "--no-amp")
-    in_process(train_cls, *settings, "--run", tmp_path / "fast", "--no-amp", flag)
-    assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "plain"), rel=tolerance)
-    fast, plain = (weights(tmp_path / name / "cls.pt") for name in ("fast", "plain"))
-    assert not all(torch.equal(fast[key], value) for key, value in plain.items())  # it was used
+    if name == "seg":  # without inductor's C++, which takes a minute
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    more = "--backbone vit_toy_linear" if name == "cls" else "--masks run/pseudo"
+    usual = f"{name} {more} --val-split none --no-amp"
+    call(f"{usual} --run plain")
+    call(f"{usual} --run fast {flag}")
+    assert losses("fast") == pytest.approx(losses("plain"), rel=tolerance)
+    fast, plain = (weights(f"{run}/{name}.pt") for run in ("fast", "plain"))
+    assert fast.keys() == plain.keys()  # a checkpoint does not depend on it
+    assert counters["stats"]["unique_graphs"] or not all(  # it was used
+        torch.equal(fast[key], value) for key, value in plain.items())
 
 
 # --- several ranks -----------------------------------------------------------------------------
@@ -345,101 +309,38 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def test_two_ranks_train_the_classifier_as_one_process_does(toy, tmp_path, script):
-    settings = ("--data", toy, *CLS, "--dropout", "0", "--frozen-epochs", "1",
-                "--backbone", "vit_toy_linear")  # its norms are of each image alone
-    script(*TORCHRUN, "train_cls.py", *settings, "--run", tmp_path / "two", "--workers", "1",
-           env={"OMP_NUM_THREADS": "1"})
-    in_process(train_cls, *settings, "--run", tmp_path / "one")
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    two = weights(tmp_path / "two/cls.pt")
-    for key, value in weights(tmp_path / "one/cls.pt").items():
+@pytest.mark.parametrize("line, file", [
+    # the norms of vit_toy_linear are of each image alone
+    ("cls --epochs 2 --frozen-epochs 1 --backbone vit_toy_linear", "cls.pt"),
+    ("seg --iterations 4 --freeze-bn --lr 1e-3 --masks run/pseudo", "seg.pt")],
+    ids=["classifier", "segmenter"])
+def test_two_ranks_train_as_one_process_does(place, script, line, file):
+    script(*TORCHRUN, *command(f"{line} --run two --workers 1"), env=ONE_THREAD, cwd=place)
+    call(f"{line} --run one")
+    assert losses("two") == pytest.approx(losses("one"), rel=1e-4)
+    two = weights(f"two/{file}")
+    for key, value in weights(f"one/{file}").items():
         torch.testing.assert_close(two[key], value, atol=1e-3, rtol=1e-2)
 
 
-def test_two_ranks_train_the_segmenter_as_one_process_does(run, toy, tmp_path, script):
-    settings = ("--data", toy, "--masks", run[0] / "pseudo", *SEG, "--freeze-bn", "--lr", "1e-3")
-    script(*TORCHRUN, "train_seg.py", *settings, "--run", tmp_path / "two", "--workers", "1",
-           env={"OMP_NUM_THREADS": "1"})
-    in_process(train_seg, *settings, "--run", tmp_path / "one")
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-
-
-def test_two_ranks_write_the_masks_of_one_process(run, toy, tmp_path, script, one_thread):
-    flags = ("--data", toy, "--batch-size", "1")  # else other batches, other sums
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        shutil.copy(run[0] / "cls.pt", tmp_path / name)
-    in_process(make_pseudo, *flags, "--run", tmp_path / "one", "--workers", "0")
-    script(*TORCHRUN, "make_pseudo.py", *flags, "--run", tmp_path / "two",
-           env={"OMP_NUM_THREADS": "1"})
+def test_two_ranks_write_the_masks_of_one_process(place, script, one_thread):
+    for run in ("one", "two"):
+        Path(run).mkdir()
+        shutil.copy("run/cls.pt", run)
+    line = "pseudo --batch-size 1"  # else other batches, other sums
+    call(f"{line} --run one")
+    script(*TORCHRUN, *command(f"{line} --run two"), env=ONE_THREAD, cwd=place)
     for out in ("bpm", "pseudo"):
-        assert masks(tmp_path / "two" / out) == masks(tmp_path / "one" / out)
+        assert masks(f"two/{out}") == masks(f"one/{out}")
 
 
-def test_a_rank_that_dies_ends_the_job_with_its_message(toy_copy, tmp_path, script):
-    ids = (toy_copy / "ImageSets/Segmentation/train.txt").read_text().split()
-    (toy_copy / "JPEGImages" / f"{ids[7]}.jpg").write_bytes(b"no image")
-    code, output = script(*TORCHRUN, "train_cls.py", "--data", toy_copy, "--run", tmp_path / "run",
-                          *CLS, env={"OMP_NUM_THREADS": "1"}, check=False, timeout=90)
-    told = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert code != 0 and len(told) == 1 and f"{ids[7]}.jpg cannot be read" in told[0], output
-
-
-# --- mistakes ----------------------------------------------------------------------------------
-
-def test_a_mistake_ends_with_one_line_and_no_traceback(toy_copy, tmp_path, script):
-    victim = sorted((toy_copy / "JPEGImages").glob("train_*.jpg"))[5]
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["one process", "two ranks"])
+def test_a_damaged_image_ends_the_job_in_one_line(place, script, launcher):
+    victim = Path("data/JPEGImages/train_00005.jpg")
     victim.write_bytes(victim.read_bytes()[:1500])
-    code, output = script("train_cls.py", "--data", toy_copy, "--run", tmp_path / "run", *CLS,
-                          check=False)
-    assert code == 1 and "Traceback" not in output
-    assert len(output.strip().splitlines()) == 1 and victim.name in output
-
-
-ALONE = ("--workers", "0")  # an error in a worker keeps a test waiting for it to end
-
-
-def test_each_checkpoint_names_the_stage_that_writes_it(run, toy, tmp_path):
-    where = ("--data", toy, "--run", tmp_path, *ALONE)
-    with pytest.raises(DataError, match="cls.pt not found: run train_cls.py first"):
-        in_process(make_pseudo, *where)
-    with pytest.raises(DataError, match="seg.pt not found: run train_seg.py first"):
-        in_process(evaluate, *where)
-    shutil.copy(run[0] / "seg.pt", tmp_path / "cls.pt")
-    with pytest.raises(DataError, match="no cls checkpoint but seg"):
-        in_process(make_pseudo, *where)
-
-
-@pytest.mark.parametrize("stage", [make_pseudo, evaluate])
-def test_a_data_set_of_other_classes_is_refused(stage, run, toy_copy, tmp_path):
-    here = shutil.copytree(run[0], tmp_path / "run")
-    (toy_copy / "classes.txt").write_text("background\nbeetle\n")
-    with pytest.raises(DataError, match="other classes"):
-        in_process(stage, "--data", toy_copy, "--run", here, *ALONE)
-
-
-@pytest.mark.parametrize("pixels, words", [
-    (np.full((96, 96), 77), "has the value 77"), (np.zeros((90, 96)), "is 96x90, its image 96x96")])
-def test_a_mask_that_cannot_be_scored_is_named(pixels, words, run, toy, tmp_path):
-    pred = shutil.copytree(run[0] / "pred", tmp_path / "pred")
-    Image.fromarray(pixels.astype(np.uint8)).save(pred / "test_00000.png")
-    with pytest.raises(DataError, match=f"test_00000.png {words}"):
-        in_process(evaluate, "--data", toy, "--masks", pred, "--split", "test", *ALONE)
-
-
-def test_a_split_without_ground_truth_or_without_a_list_is_named(run, toy_copy):
-    where = ("--data", toy_copy, "--masks", run[0] / "pred", *ALONE, "--split")
-    with pytest.raises(DataError, match="missing.txt not found"):
-        in_process(evaluate, *where, "missing")
-    shutil.rmtree(toy_copy / "SegmentationClass")
-    with pytest.raises(DataError, match="no ground truth"):
-        in_process(evaluate, *where, "test")
-
-
-def test_an_image_whose_training_mask_has_another_size(run, toy, tmp_path):
-    bad = shutil.copytree(run[0] / "pseudo", tmp_path / "masks")
-    for path in bad.glob("*.png"):
-        Image.new("L", (90, 96)).save(path)
-    with pytest.raises(DataError, match="is 90x96, its image 96x96"):
-        in_process(train_seg, "--data", toy, "--run", tmp_path, "--masks", bad, *SEG, *ALONE)
+    code, output = script(*launcher, *command("cls --run new --workers 1"), cwd=place, check=False,
+                          env=ONE_THREAD, timeout=90)
+    told = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(told) == 1, output
+    assert "train_00005.jpg cannot be read" in told[0]
+    assert launcher or len(output.splitlines()) == 1  # torchrun adds a report of its own

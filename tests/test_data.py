@@ -1,78 +1,14 @@
-"""The folder layout, images and masks, and how they become batches."""
-import argparse
-
+"""Images and masks, and how they become batches; test_hostile.py has the folder."""
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms.v2 import functional
 
 import data
 from data import Folder, LabelledImages
 from support.run import DataError
 
 EVERY = list(data.AUGMENT)
-
-
-# --- the folder --------------------------------------------------------------------------------
-
-def test_image_labels_are_what_the_masks_show(toy):
-    folder = Folder(toy)
-    for image_id in folder.ids("train"):
-        mask = data.read_mask(folder.mask_path(image_id), 9)
-        present = set(np.unique(mask).tolist()) - {255} | {0}
-        assert set(folder.image_labels(image_id).nonzero().flatten().tolist()) == present
-
-
-def test_what_is_wrong_with_a_folder_is_named(toy_copy):
-    with pytest.raises(DataError, match="nowhere not found"):
-        Folder(toy_copy / "nowhere")
-    folder = Folder(toy_copy)
-    with pytest.raises(DataError, match="holdout.txt not found"):
-        folder.ids("holdout")
-    for lines, words in (("\n", "split.txt is empty"), ("a\nb\na\n", "lists a twice"),
-                         ("../a\n", "'../a' is no name of a file")):
-        (toy_copy / "ImageSets/Segmentation/split.txt").write_text(lines)
-        with pytest.raises(DataError, match=words):
-            folder.ids("split")
-    (toy_copy / "image_labels.txt").write_text("a vertical_red\nb unicorn\nc\nd background\n")
-    with pytest.raises(DataError, match="unicorn.*classes.txt"):
-        folder.image_labels("b")
-    for image_id in ("c", "z"):
-        with pytest.raises(DataError, match=f"no label for {image_id}"):
-            Folder(toy_copy).image_labels(image_id)
-    assert Folder(toy_copy).image_labels("d").sum() == 1
-    (toy_copy / "image_labels.txt").write_text("a vertical_red\na vertical_green\n")
-    with pytest.raises(DataError, match="two lines for a"):
-        Folder(toy_copy).image_labels("a")
-
-
-@pytest.mark.parametrize("names, words", [
-    (["background", "traffic light"], "'traffic light' has a space"),
-    (["background", "cat", "cat"], "'cat' has a space, or is there twice"),
-    (["cat", "dog"], "begins with 'cat'"),
-    (["background", *map(str, range(255))], "256 classes")])
-def test_what_is_wrong_with_classes_txt_is_named(tmp_path, names, words):
-    (tmp_path / "classes.txt").write_text("\n".join(names))
-    with pytest.raises(DataError, match=f"classes.txt.*{words}"):
-        Folder(tmp_path)
-
-
-def test_a_checkpoint_of_other_classes_is_refused(tmp_path):
-    (tmp_path / "classes.txt").write_text("background\ncat\n")
-    assert Folder(tmp_path, dict(classes=["background", "cat"])).classes[1] == "cat"
-    with pytest.raises(DataError, match="classes.txt has other classes"):
-        Folder(tmp_path, dict(classes=["background", "dog"]))
-
-
-def test_the_fingerprint_is_of_what_the_labels_say(toy_copy):
-    path, first = toy_copy / "image_labels.txt", Folder(toy_copy).fingerprint()
-    lines = path.read_text().splitlines()
-    path.write_text("\ufeff" + "\r\n\n".join(lines[::-1]), encoding="utf-8")
-    assert Folder(toy_copy).fingerprint() == first  # other bytes, the same labels
-    for changed in (lines[1:], [f"{lines[0].split()[0]} background", *lines[1:]]):
-        path.write_text("\n".join(changed))
-        assert Folder(toy_copy).fingerprint() != first
 
 
 # --- images ------------------------------------------------------------------------------------
@@ -83,32 +19,6 @@ def test_jpegs_of_every_mode_become_rgb(tmp_path, mode):
     picture.save(tmp_path / "a.jpg")
     image = data.read_image(tmp_path / "a.jpg")
     assert image.mode == "RGB" and abs(image.getpixel((4, 4))[1] - 120) < 4
-
-
-def test_16_bit_images_are_scaled_and_floating_point_refused(tmp_path):
-    Image.fromarray(np.array([[0, 257, 65535]], np.uint16)).save(tmp_path / "deep.png")
-    assert np.array(data.read_image(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 1, 255]
-    Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(DataError, match="float.tiff holds floating-point numbers"):
-        data.read_image(tmp_path / "float.tiff")
-
-
-def test_photographs_are_turned_upright_by_their_exif(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rows become columns
-    Image.new("RGB", (9, 5)).save(tmp_path / "a.jpg", exif=exif)
-    assert data.read_image(tmp_path / "a.jpg").size == (5, 9)
-
-
-def test_truncated_and_foreign_files_are_named(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "cut.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:2000])
-    (tmp_path / "text.jpg").write_text("no image")
-    for name in ("cut.jpg", "text.jpg", "missing.jpg"):
-        with pytest.raises(DataError, match=name) as caught:
-            data.read_image(tmp_path / name)
-        assert "\n" not in str(caught.value)
 
 
 def test_images_come_as_decoded_and_resized_as_pillow_resizes(toy):
@@ -124,30 +34,14 @@ def test_images_come_as_decoded_and_resized_as_pillow_resizes(toy):
 
 # --- masks -------------------------------------------------------------------------------------
 
-def test_palette_is_vocs():
-    palette = data.voc_palette().tolist()  # the development kit's colour map
-    assert palette[0] == [0, 0, 0] and palette[1] == [128, 0, 0] and palette[2] == [0, 128, 0]
-    assert palette[8] == [64, 0, 0] and palette[15] == [192, 128, 128]
-    assert palette[20] == [0, 64, 128] and palette[255] == [224, 224, 192]
-
-
-def test_mask_round_trip_keeps_numbers_and_shows_colours(tmp_path):
+def test_mask_round_trip_keeps_numbers_and_shows_vocs_colours(tmp_path):
     mask = np.array([[0, 1, 20], [255, 15, 2]], np.uint8)
+    colours = [[[0, 0, 0], [128, 0, 0], [0, 64, 128]],
+               [[224, 224, 192], [192, 128, 128], [0, 128, 0]]]
     data.save_mask(tmp_path / "m.png", mask)
     assert np.array_equal(data.read_mask(tmp_path / "m.png", 21, (3, 2)), mask)
     with Image.open(tmp_path / "m.png") as image:
-        assert image.mode == "P" and image.convert("RGB").getpixel((1, 1)) == (192, 128, 128)
-    assert [path.name for path in tmp_path.iterdir()] == ["m.png"]  # no temporary file stays
-
-
-@pytest.mark.parametrize("pixels, mode, words", [
-    (np.full((4, 6), 9), "L", "value 9"), (np.zeros((4, 5)), "L", "5x4, its image 6x4"),
-    (np.zeros((6, 4)), "L", "4x6, its image 6x4: is the photo turned"),
-    (np.zeros((4, 6, 3)), "RGB", "RGB image")])
-def test_what_is_wrong_with_a_mask_is_named(tmp_path, pixels, mode, words):
-    Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(tmp_path / "m.png")
-    with pytest.raises(DataError, match=words):
-        data.read_mask(tmp_path / "m.png", 9, size=(6, 4))
+        assert image.mode == "P" and np.array(image.convert("RGB")).tolist() == colours
 
 
 # --- batches -----------------------------------------------------------------------------------
@@ -195,24 +89,10 @@ def test_each_augmentation_does_what_its_name_says(name, change, side):
     assert 10 < sum(torch.equal(r, changed) for r in results) < 30
 
 
-def test_jitter_scales_brightness_contrast_and_saturation_by_up_to_three_tenths():
-    def factors(colours, measure):
-        """measure of the jittered columns, as a multiple of that of the columns themselves."""
-        image = torch.tensor(colours, dtype=torch.uint8).T[:, None].repeat(1, 4, 4)
-        found = [measure(result.float()) for result in augmented("jitter", image, 200)]
-        return [(value / measure(image.float())).item() for value in found]
-
-    def contrast(image):  # of greys: relative, so that brightness has no part in it
-        return (image.max() - image.min()) / image.mean()
-
-    def colour(image):  # of one colour: contrast and saturation both move it to its grey
-        return (image.amax(0) - image.amin(0)).mean() / functional.rgb_to_grayscale(image).mean()
-
-    grey, greys, red = [(100, 100, 100)], [(80, 80, 80), (120, 120, 120)], [(130, 90, 90)]
-    for found, low, high in ((factors(grey, torch.mean), 0.7, 1.3),
-                             (factors(greys, contrast), 0.7, 1.3),
-                             (factors(red, colour), 0.7 ** 2, 1.3 ** 2)):
-        assert low - 0.04 < min(found) < low + 0.15 and high - 0.3 < max(found) < high + 0.04
+def test_jitter_scales_brightness_by_up_to_three_tenths():
+    grey = torch.full((3, 4, 4), 100, dtype=torch.uint8)
+    found = [result.float().mean().item() for result in augmented("jitter", grey, 200)]
+    assert 69 <= min(found) < 85 and 115 < max(found) <= 131
 
 
 def test_augmentation_is_a_function_of_seed_and_draw_alone(toy):
@@ -230,25 +110,6 @@ def test_augmentation_is_a_function_of_seed_and_draw_alone(toy):
     assert all(map(torch.equal, first, again))
     assert len({image.numpy().tobytes() for image in first}) == 8
     assert not any(map(torch.equal, first, images(6, range(8))))
-
-
-@pytest.mark.parametrize("make", [
-    lambda folder, ids: LabelledImages(folder, ids, 48, EVERY, seed=1),
-    lambda folder, ids: data.MaskedImages(folder, ids, folder.root / "SegmentationClass", 64,
-                                          (0.5, 1.5), 1, (128, 128, 128))])
-def test_batches_are_equal_for_any_number_of_workers(toy, make):
-    folder = Folder(toy)
-    dataset = make(folder, folder.ids("train"))
-
-    def loaded(workers):
-        sampler = data.batches(24, 4, seed=1, start=0, stop=8)
-        return list(data.loader(dataset, argparse.Namespace(workers=workers), torch.device("cpu"),
-                                batch_sampler=sampler))
-
-    alone, shared = loaded(0), loaded(2)
-    assert len(alone) == len(shared) == 8
-    for batch, other in zip(alone, shared):
-        assert all(map(torch.equal, batch, other))
 
 
 def test_without_augmentation_training_sees_the_resized_image(toy):

@@ -1,6 +1,4 @@
 """DeepLabv2: the network, its loss, its optimiser's groups, and the crops that it learns from."""
-import argparse
-
 import numpy as np
 import pytest
 import torch
@@ -12,9 +10,6 @@ import data
 import train_seg
 from data import Folder
 from model import DeepLabv2, SegmenterConfig
-from support import run
-from support.inference import load_model
-from support.run import DataError
 
 C = 5
 
@@ -58,15 +53,6 @@ def test_aspp_sums_branches_that_reach_exactly_their_rates():
     torch.testing.assert_close(features.grad[0, :, 30, 30], weights)
 
 
-def test_resnet101_keeps_stride_8_by_dilation():
-    with torch.device("meta"):
-        backbone = DeepLabv2(SegmenterConfig(21, "resnet101")).backbone
-    assert backbone.feature_info.reduction() == [8]
-    dilations = {n: m.dilation[0] for n, m in backbone.named_modules()
-                 if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)}
-    assert dilations["layer3.5.conv2"] == 2 and dilations["layer4.2.conv2"] == 4
-
-
 @pytest.mark.parametrize("freeze", [True, False])
 def test_frozen_batch_norm_keeps_statistics_and_scales(freeze):
     model = tiny()
@@ -79,30 +65,6 @@ def test_frozen_batch_norm_keeps_statistics_and_scales(freeze):
     assert all(torch.equal(v, model.state_dict()[k]) == freeze for k, v in before.items())
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and all((p.grad is None) == freeze for m in norms for p in m.parameters())
-
-
-def test_channels_last_changes_nothing_but_the_layout():
-    model = tiny()
-    weight = model.aspp[0].weight
-    assert weight.is_contiguous(memory_format=torch.channels_last)
-    images = torch.rand(2, 3, 64, 80)
-    with torch.no_grad():
-        fast = model(images)[-1]
-        slow = model.to(memory_format=torch.contiguous_format)(images)[-1]
-    assert model.aspp[0].weight.is_contiguous()
-    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
-
-
-def test_a_checkpoint_of_another_version_is_named(tmp_path):
-    model, path = tiny(), tmp_path / "seg.pt"
-    run.save_checkpoint(path, "seg", model, argparse.Namespace(seed=0), classes=[], ids=[],
-                        labels="", step=1, optimizer={})
-    network, checkpoint = load_model(path, "seg")
-    assert network.config == model.config
-    for change, words in (({"head": "aspp"}, "another version"), ({"num_classes": 7}, "not fit")):
-        torch.save(checkpoint | dict(config=checkpoint["config"] | change), path)
-        with pytest.raises(DataError, match=f"seg.pt .*{words}.*: train anew"):
-            load_model(path, "seg")
 
 
 # --- its optimiser and its loss ----------------------------------------------------------------
@@ -179,9 +141,3 @@ def test_the_rescaled_mask_is_not_shifted_against_the_image(two_colours):
         dark = (250 - image[0][inside].float()).sum() / 240  # the blurred border counts in part
         shifts.append((((mask == 1).sum() - dark) / rows).item())
     assert abs(np.mean(shifts)) < 0.15  # pixels of the crop
-
-
-def test_an_image_without_a_mask_names_the_stage_to_run(two_colours):
-    (two_colours.root / "masks/a.png").unlink()
-    with pytest.raises(DataError, match="a.png not found: run make_pseudo.py first"):
-        crops(two_colours, 1)

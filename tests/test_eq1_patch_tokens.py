@@ -7,52 +7,35 @@ import timm
 import torch
 from timm.layers import resample_abs_pos_embed
 
-from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig
+from model import CPFCTE, ClassifierConfig
 from support.backbones import ask_hub
 from support.run import DataError
 
 C = 5
 
 
-def tiny(**kwargs):
-    torch.manual_seed(0)
-    return CPFCTE(ClassifierConfig(C, "vit_toy", **kwargs)).eval()
-
-
 # --- the tokens --------------------------------------------------------------------------------
 
 @pytest.mark.eq1
-@pytest.mark.parametrize("name, prefix", [("vit_tiny_patch16_224", 1),
-                                          ("vit_small_patch14_reg4_dinov2", 5)])
-def test_patch_tokens_are_timms_after_its_prefix_tokens(name, prefix):
+@pytest.mark.parametrize("name, prefix, size", [
+    ("vit_tiny_patch16_224", 1, (224, 224)), ("vit_small_patch14_reg4_dinov2", 5, (518, 518)),
+    ("vit_toy", 1, (128, 64))])  # another size than its own: position embeddings are resampled
+def test_patch_tokens_are_timms_after_its_prefix_tokens(name, prefix, size):
     torch.manual_seed(0)
     ours = CPFCTE(ClassifierConfig(C, name)).eval()
-    theirs = timm.create_model(name, num_classes=0).eval()
-    theirs.load_state_dict(ours.backbone.state_dict())
-    side = theirs.patch_embed.img_size[0]
-    images = torch.rand(1, 3, side, side)
+    theirs = timm.create_model(name, num_classes=0, img_size=size).eval()
+    state = ours.backbone.state_dict()
+    if name == "vit_toy":
+        state["pos_embed"] = resample_abs_pos_embed(
+            state["pos_embed"], (16, 8), num_prefix_tokens=prefix)
+    theirs.load_state_dict(state)
+    images = torch.rand(1, 3, *size)
     config = timm.data.resolve_model_data_config(theirs)
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
         expected = theirs.forward_features((images - mean) / std)[:, prefix:]
         tokens = ours.patch_tokens(images)
-    assert tokens.shape[1] * tokens.shape[2] == expected.shape[1]
-    torch.testing.assert_close(tokens.flatten(1, 2), expected, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.eq1
-def test_position_embedding_is_resampled_for_other_sizes():
-    ours = tiny(class_tokens="none", context="none")
-    size = (128, 64)
-    theirs = timm.create_model("vit_toy", num_classes=0, img_size=size).eval()
-    state = dict(ours.backbone.state_dict())
-    state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], (16, 8), num_prefix_tokens=1)
-    theirs.load_state_dict(state)
-    images = torch.rand(1, 3, *size)
-    with torch.no_grad():
-        tokens = ours.patch_tokens(images)
-        expected = theirs.forward_features((images - 0.5) / 0.5)[:, 1:]
-    assert tokens.shape[1:3] == (16, 8)
+    assert tokens.shape[1] / tokens.shape[2] == size[0] / size[1]
     torch.testing.assert_close(tokens.flatten(1, 2), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -64,12 +47,6 @@ def test_average_pooled_vits_are_normed_too():
     torch.testing.assert_close(tokens.mean(-1), torch.zeros(1, 14, 14), atol=1e-4, rtol=0)
 
 
-@pytest.mark.eq1
-def test_a_size_that_is_no_multiple_of_the_patch_is_refused():
-    with pytest.raises(DataError, match="--size 100 is no multiple of the 8 pixels"):
-        tiny().patch_tokens(torch.rand(1, 3, 100, 100))
-
-
 # --- the weights -------------------------------------------------------------------------------
 
 def test_local_weights_of_another_grid_and_with_a_head(tmp_path):
@@ -79,16 +56,6 @@ def test_local_weights_of_another_grid_and_with_a_head(tmp_path):
     model = CPFCTE(ClassifierConfig(C, "vit_tiny_patch16_224"), weights=tmp_path / "vit.pth")
     assert torch.equal(model.backbone.blocks[3].attn.qkv.weight, saved.blocks[3].attn.qkv.weight)
     assert model.backbone.pos_embed.shape[1] == 1 + 14 * 14
-
-
-@pytest.mark.parametrize("write, words", [
-    (None, "not found"), (b"not weights", "--weights takes the file of timm/vit_tiny")])
-def test_bad_weights_are_one_line(tmp_path, write, words):
-    if write:
-        (tmp_path / "bad.pth").write_bytes(write)
-    with pytest.raises(DataError, match=words) as caught:
-        CPFCTE(ClassifierConfig(C, "vit_tiny_patch16_224"), weights=tmp_path / "bad.pth")
-    assert "\n" not in str(caught.value) and "bad.pth" in str(caught.value)
 
 
 def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, tmp_path):
@@ -115,13 +82,3 @@ def test_a_hub_that_answers_with_an_error_is_not_taken_for_offline(monkeypatch):
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
     ask_hub("vit_toy")
     assert not hub.HF_HUB_OFFLINE
-
-
-@pytest.mark.parametrize("make, words", [
-    (lambda: CPFCTE(ClassifierConfig(C, "vit_huge_unknown")), "vit_huge_unknown"),
-    (lambda: CPFCTE(ClassifierConfig(C, "resnet18")), "resnet18 does not fit.*plain ViT"),
-    (lambda: DeepLabv2(SegmenterConfig(C, "vgg11")), "vgg11 does not fit.*output stride 8")])
-def test_a_backbone_that_does_not_fit_is_named(make, words):
-    with pytest.raises(DataError, match=words) as caught:
-        make()
-    assert "\n" not in str(caught.value)

@@ -6,20 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-import train_cls
-from model import CPFCTE, ClassifierConfig
+from conftest import classifier
 
 B, C, h, w = 2, 5, 3, 4
 pytestmark = pytest.mark.eq2
 
 
-def tiny(**kwargs):
-    torch.manual_seed(0)
-    return CPFCTE(ClassifierConfig(C, "vit_toy", **kwargs)).eval()
-
-
 def test_soft_tokens_by_loops():
-    model = tiny(class_tokens="soft")
+    model = classifier(class_tokens="soft")
     width = model.class_tokens.shape[1]
     nn.init.normal_(model.enhance_proj.weight)
     P = torch.randn(B, h, w, width)
@@ -34,14 +28,8 @@ def test_soft_tokens_by_loops():
         np.testing.assert_allclose(result[index], W @ np.concatenate([p, t_i]) + b, atol=1e-3)
 
 
-def test_a_patch_attends_to_the_class_token_that_it_equals():
-    model = tiny(class_tokens="soft")
-    attention = model.class_attention(10 * model.class_tokens.view(1, 1, C, -1))[0, 0]
-    torch.testing.assert_close(attention, torch.eye(C), atol=1e-3, rtol=0)
-
-
 def test_all_tokens_are_only_a_constant_bias():
-    model = tiny(class_tokens="all")
+    model = classifier(class_tokens="all")
     width = model.class_tokens.shape[1]
     nn.init.normal_(model.enhance_proj.weight, std=0.1)
     P = torch.randn(B, h, w, width)
@@ -53,20 +41,12 @@ def test_all_tokens_are_only_a_constant_bias():
 
 @pytest.mark.parametrize("class_tokens", ["soft", "all"])
 def test_training_starts_as_the_model_without_class_tokens(class_tokens):
-    model = tiny(class_tokens=class_tokens)
+    model = classifier(class_tokens=class_tokens)
     P = torch.randn(B, h, w, model.class_tokens.shape[1])
     torch.testing.assert_close(model.enhance(P), P)
 
 
 def test_append_and_none_leave_the_patch_tokens_alone():
     P = torch.randn(B, h, w, 128)
-    assert torch.equal(tiny(class_tokens="append").enhance(P), P)
-    assert not hasattr(tiny(class_tokens="none"), "class_tokens")
-
-
-@pytest.mark.parametrize("context", ["none", "conv", "pool"])
-def test_append_needs_a_bilstm(context, capsys):
-    words = "--data x --run y --preset toy --class-tokens append --context".split()
-    with pytest.raises(SystemExit):
-        train_cls.parse_args([*words, context])
-    assert "append needs --context hv or raster" in capsys.readouterr().err
+    assert torch.equal(classifier(class_tokens="append").enhance(P), P)
+    assert not hasattr(classifier(class_tokens="none"), "class_tokens")

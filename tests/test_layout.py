@@ -22,43 +22,21 @@ def modules(tree):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.fixture(params=FILES)
-def file(request):
-    """(module name, source text, syntax tree) of each script and each file beneath them."""
-    text = FILES[request.param].read_text()
-    return request.param, text, ast.parse(text)
-
-
-def test_subjects_import_no_stage_and_stages_none_but_evaluate(file):
-    name, _, tree = file
-    allowed = {"evaluate"} if name in STAGES - {"evaluate"} else set()
-    assert STAGES & set(modules(tree)) <= allowed
-
-
-def test_nothing_imports_extras_or_tests(file):
-    _, _, tree = file
-    assert not {"extras", "tests", "conftest"} & {name.split(".")[0] for name in modules(tree)}
-
-
-def test_no_function_is_longer_than_60_lines(file):
-    _, _, tree = file
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_stays_on_its_floor_and_has_short_functions_and_lines(name):
+    text = FILES[name].read_text()
+    tree = ast.parse(text)
+    imported = set(modules(tree))
+    assert STAGES & imported <= ({"evaluate"} if name in STAGES - {"evaluate"} else set())
+    assert not {"extras", "tests", "conftest"} & {module.split(".")[0] for module in imported}
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(tree)
                if isinstance(node, ast.FunctionDef)}
-    assert not {name: length for name, length in lengths.items() if length > 60}
-
-
-def test_no_line_is_longer_than_100_columns(file):
-    _, text, _ = file
+    assert not {function: length for function, length in lengths.items() if length > 60}
     assert not [number for number, line in enumerate(text.splitlines(), 1) if len(line) > 100]
 
 
-def test_the_six_scripts_are_all_there_are():
+def test_the_six_scripts_are_all_there_are_and_say_what_they_do():
     assert {path.stem for path in ROOT.glob("*.py")} == STAGES | {"model", "data"}
-
-
-@pytest.mark.parametrize("name", [name for name in FILES if "." not in name])
-def test_a_script_says_what_it_does_before_it_imports(name):
-    tree = ast.parse(FILES[name].read_text())
-    assert len(ast.get_docstring(tree).splitlines()[0]) <= 100
-    if name != "model":
-        assert {"Run:", "Writes:"} <= set(ast.get_docstring(tree).split())
+    for path in ROOT.glob("*.py"):
+        doc = ast.get_docstring(ast.parse(path.read_text()))
+        assert path.stem == "model" or {"Run:", "Writes:"} <= set(doc.split())

@@ -1,15 +1,31 @@
-"""The makers of data sets: the beetles, VOC and COCO, each from a tiny copy of its layout."""
+"""The makers of data sets: beetles, VOC, COCO, one's own; each from a tiny copy of its layout."""
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools.coco import COCO
 
 import data
+from conftest import contents
 from data import Folder
 from datasets import beetles, coco as coco_maker, voc as voc_maker
 from support.run import DataError
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def xml(root, image_id, *names):
+    """Annotations/ID.xml as VOC's, of objects with a part each."""
+    objects = "".join(f"<object><name>{n}</name><difficult>1</difficult><part><name>head</name>"
+                      "</part></object>" for n in names)
+    path = root / f"Annotations/{image_id}.xml"
+    write(path, f"<annotation>{objects}</annotation>")
 
 
 # --- beetles -----------------------------------------------------------------------------------
@@ -24,7 +40,6 @@ def test_the_scenes_are_the_same_on_every_machine():
 
 
 def test_a_beetle_is_the_pair_of_pattern_and_head():
-    assert len(beetles.TOY_CLASSES) == 9 and len(set(beetles.TOY_CLASSES)) == 9
     for index in range(40):
         image, mask, parts = beetles.toy_scene(0, index)
         assert ((parts > 0) == ((mask > 0) & (mask < 255))).all()
@@ -37,7 +52,6 @@ def test_a_beetle_is_the_pair_of_pattern_and_head():
 
 
 def test_cooccur_changes_the_background_and_nothing_else():
-    assert np.array_equal(beetles.toy_scene(1, 3)[0], beetles.toy_scene(1, 3, None)[0])
     for index in range(5):
         plain, mask, parts = beetles.toy_scene(0, index)
         image, same_mask, same_parts = beetles.toy_scene(0, index, 0.5)
@@ -61,34 +75,13 @@ def test_cooccur_is_the_probability_of_the_preferred_texture(monkeypatch):
         kept = np.mean([beetles.TEXTURES.index(name) == label // 2  # the pattern, not the head
                         for name, label in zip(chosen, first)])
         assert abs(kept - expected) < 0.09  # 2.6 standard deviations at 5/8
-    with pytest.raises(SystemExit):
-        data.parse_args(["toy", "--root", "x", "--cooccur", "1.5"])
 
 
-def test_beetles_of_two_kinds_are_not_mixed_in_one_folder(tmp_path):
-    for root, other in ((tmp_path / "a", 0.5), (tmp_path / "b", None)):
-        beetles.make_toy(root, (1, 1, 1), 0.9 if other else 0.0)
-        beetles.make_toy(root, (2, 1, 1), 0.9 if other else 0.0)
-        with pytest.raises(DataError, match="another --cooccur: choose another --root"):
-            beetles.make_toy(root, (1, 1, 1), other)
-
-
-def test_fewer_images_are_a_prefix(toy, tmp_path):
-    beetles.make_toy(tmp_path / "small", (2, 1, 1))
-    for path in (tmp_path / "small/JPEGImages").iterdir():
-        assert path.read_bytes() == (toy / "JPEGImages" / path.name).read_bytes()
-
-
-def test_the_command_makes_each_data_set(tmp_path, capsys):
-    def command(*words):
-        data.main(data.parse_args([*words, "--root", str(tmp_path / words[0])]))
-
-    command("toy", "--num", "3", "2", "1")
+def test_the_command_makes_a_prefix_of_what_more_images_would_be(toy, tmp_path, capsys):
+    data.main(data.parse_args(["toy", "--root", str(tmp_path), "--num", "3", "2", "1"]))
     assert "9 classes with background; test 1, train 3, val 2" in capsys.readouterr().out
-    with pytest.raises(DataError, match="voc/ImageSets/Segmentation/train.txt not found"):
-        command("voc")
-    with pytest.raises(DataError, match="instances_train2014.json not found"):
-        command("coco")
+    for path in (tmp_path / "JPEGImages").iterdir():
+        assert path.read_bytes() == (toy / "JPEGImages" / path.name).read_bytes()
 
 
 # --- VOC ---------------------------------------------------------------------------------------
@@ -97,19 +90,13 @@ def test_the_command_makes_each_data_set(tmp_path, capsys):
 def voc(tmp_path):
     """VOC's layout with 2 + 1 images, and SBD's two lists, which overlap val."""
     root, sbd = tmp_path / "voc", tmp_path / "sbd/benchmark_RELEASE/dataset"
-    objects = {"a1": ["dog", "person", "dog"], "a2": ["tvmonitor"], "v1": ["cat"], "s1": ["sofa"],
-               "s2": ["bus"]}
-    (root / "Annotations").mkdir(parents=True)
-    (root / "ImageSets/Segmentation").mkdir(parents=True)
-    sbd.mkdir(parents=True)
-    for image_id, names in objects.items():
-        nodes = "".join(f"<object><name>{n}</name><difficult>1</difficult><part><name>head</name>"
-                        "</part></object>" for n in names)
-        (root / f"Annotations/{image_id}.xml").write_text(f"<annotation>{nodes}</annotation>")
+    for image_id, *names in (("a1", "dog", "person", "dog"), ("a2", "tvmonitor"), ("v1", "cat"),
+                             ("s1", "sofa"), ("s2", "bus")):
+        xml(root, image_id, *names)
     lists = root / "ImageSets/Segmentation"
-    for path, ids in ((lists / "train.txt", "a1 a2"), (lists / "val.txt", "v1"),
-                      (sbd / "train.txt", "s1 a1"), (sbd / "val.txt", "s2 v1")):
-        path.write_text("\n".join(ids.split()) + "\n")
+    for path, ids in ((lists / "train.txt", "a1\na2\n"), (lists / "val.txt", "v1\n"),
+                      (sbd / "train.txt", "s1\na1\n"), (sbd / "val.txt", "s2\nv1\n")):
+        write(path, ids)
     return root, tmp_path / "sbd"
 
 
@@ -126,7 +113,7 @@ def test_voc_labels_and_trainaug_from_xml_and_sbd(voc):
 
 def test_voc_counts_are_checked_and_sbd_is_optional(voc, capsys):
     root, sbd = voc
-    with pytest.raises(DataError, match="train has 2 images, expected 1464"):
+    with pytest.raises(DataError, match="train has 2 images, expected 1464.*data.py labels --root"):
         voc_maker.make_voc(root, sbd)
     with pytest.raises(DataError, match="trainaug has 4 images, expected 10582"):
         voc_maker.make_voc(root, sbd, counts={"train": 2, "val": 1, "trainaug": 10582})
@@ -136,8 +123,6 @@ def test_voc_counts_are_checked_and_sbd_is_optional(voc, capsys):
     (root / "Annotations/a2.xml").write_text("<annotation>")
     with pytest.raises(DataError, match="a2.xml"):
         voc_maker.make_voc(root, counts={"train": 2, "val": 1})
-    with pytest.raises(DataError, match="train.txt not found"):
-        voc_maker.make_voc(root / "elsewhere")
 
 
 def test_a_download_that_fails_says_what_to_fetch_by_hand(tmp_path, monkeypatch):
@@ -150,67 +135,55 @@ def test_a_download_that_fails_says_what_to_fetch_by_hand(tmp_path, monkeypatch)
 
 # --- MS COCO -----------------------------------------------------------------------------------
 
-def test_coco_masks_from_polygons_rle_and_crowds(coco):
-    coco_maker.make_coco(coco, counts={"train": (5, 4), "val": (3, 2)})
-    folder = Folder(coco)
-    mask = data.read_mask(folder.mask_path("COCO_val2014_000000000101"), 81, (48, 32))
+COUNTS = {"train": (5, 4), "val": (3, 2)}
+
+
+def test_coco_labels_links_splits_and_masks_of_polygons_rle_and_crowds(coco, capsys):
+    coco_maker.make_coco(coco, counts=COUNTS)
+    folder, (first, second) = Folder(coco), [f"COCO_val2014_{i:012d}" for i in (101, 102)]
+    assert "train: 5 images, 4 with an object" in capsys.readouterr().out
+    assert len(folder.classes) == 81
+    assert [folder.classes[i] for i in (1, 10, 80)] == ["person", "traffic_light", "toothbrush"]
+    assert folder.ids("val") == [first, second]
+    assert folder.ids("train") == [f"COCO_train2014_{i:012d}" for i in (1, 2, 3, 4)]  # 5 has none
+    assert folder.image_labels(first).nonzero().flatten().tolist() == [0, 1, 10, 80]
+    assert folder.image_labels(second).nonzero().flatten().tolist() == [0, 1]  # a crowd counts
+    for image_id in folder.ids("train") + folder.ids("val"):
+        path = folder.image_path(image_id)
+        assert path.is_symlink() and not path.readlink().is_absolute()
+        assert data.read_image(path).size == (48, 32)
     expected = np.zeros((32, 48), np.uint8)
     expected[20:30, 2:22] = 255           # the crowd, an uncompressed RLE, at the bottom
     expected[4:28, 4:20] = 1              # a person, a polygon, over the crowd
     expected[8:16, 8:16] = 10             # a traffic light, smaller, over the person
     expected[2:6, 30:40] = 80             # a toothbrush, a compressed RLE
-    assert np.array_equal(mask, expected)
-    assert np.array_equal(data.read_mask(folder.mask_path("COCO_val2014_000000000102"), 81),
-                          np.full((32, 48), 255))
-
-
-def test_coco_folder_labels_links_and_splits(coco, capsys):
-    coco_maker.make_coco(coco, counts={"train": (5, 4), "val": (3, 2)})
-    folder = Folder(coco)
-    assert "train: 5 images, 4 with an object" in capsys.readouterr().out
-    assert len(folder.classes) == 81 and folder.classes[10] == "traffic_light"
-    assert folder.classes[1] == "person" and folder.classes[80] == "toothbrush"
-    assert folder.ids("val") == ["COCO_val2014_000000000101", "COCO_val2014_000000000102"]
-    assert folder.ids("train") == [f"COCO_train2014_{i:012d}" for i in (1, 2, 3, 4)]  # 5 has none
-    labels = folder.image_labels("COCO_val2014_000000000101").nonzero().flatten().tolist()
-    assert labels == [0, 1, 10, 80]
-    crowd_only = folder.image_labels("COCO_val2014_000000000102").nonzero().flatten().tolist()
-    assert crowd_only == [0, 1]  # a crowd is an object
-    for image_id in folder.ids("train") + folder.ids("val"):
-        path = folder.image_path(image_id)
-        assert path.is_symlink() and not path.readlink().is_absolute()
-        assert data.read_image(path).size == (48, 32)
-    assert not folder.mask_path("COCO_train2014_000000000001").exists()
-    coco_maker.make_coco(coco, train_masks=True, counts={"train": (5, 4), "val": (3, 2)})
-    assert folder.mask_path("COCO_train2014_000000000001").is_file()
+    assert np.array_equal(data.read_mask(folder.mask_path(first), 81, (48, 32)), expected)
+    assert (data.read_mask(folder.mask_path(second), 81) == 255).all()
+    train = folder.mask_path("COCO_train2014_000000000001")
+    assert not train.exists()
+    coco_maker.make_coco(coco, train_masks=True, counts=COUNTS)
+    assert train.is_file()
 
 
 def test_what_is_wrong_with_coco_is_named(coco):
     with pytest.raises(DataError, match="has 5 images, 4 with an object; expected 82783 and 82081"):
         coco_maker.make_coco(coco)
-    counts = {"train": (5, 4), "val": (3, 2)}
     (coco / "train2014/COCO_train2014_000000000002.jpg").unlink()
     with pytest.raises(DataError, match="000000000002.jpg not found: unpack train2014.zip again"):
-        coco_maker.make_coco(coco, counts=counts)
+        coco_maker.make_coco(coco, counts=COUNTS)
     assert not (coco / "image_labels.txt").exists()
-    path = coco / "annotations/instances_train2014.json"
-    for content, words in (("{", "is no COCO instances file"), ("[]", "is no COCO instances file"),
-                           ('{"images": []}', "has 0 images")):
+    path, no_coco = coco / "annotations/instances_train2014.json", "is no COCO instances file"
+    whole = json.loads(path.with_name("instances_val2014.json").read_text())
+    whole["images"].append(dict(id=1, file_name="x.jpg", height=1, width=1))
+    entry = dict(image_id=1, category_id=1, area=1, iscrowd=0)  # without its segmentation
+    entries = [entry, *(entry | dict(segmentation=[]) | odd
+                        for odd in (dict(category_id=12), dict(image_id=77)))]
+    for content, words in (("{", no_coco), ("[]", no_coco), ('{"images": []}', "has 0 images"),
+                           *((json.dumps(whole | dict(annotations=[odd])), no_coco)
+                             for odd in entries)):
         path.write_text(content)
         with pytest.raises(DataError, match=f"instances_train2014.json {words}"):
-            coco_maker.make_coco(coco, counts=counts)
-    for extra in ({}, {"category_id": 12}, {"image_id": 77}):
-        entry = dict(image_id=1, category_id=1, area=1, iscrowd=0, segmentation=[]) | extra
-        if not extra:
-            entry.pop("segmentation")
-        content = json.loads(path.with_name("instances_val2014.json").read_text())
-        content["images"].append(dict(id=1, file_name="x.jpg", height=1, width=1))
-        path.write_text(json.dumps(content | {"annotations": [entry]}))
-        with pytest.raises(DataError, match="instances_train2014.json is no COCO instances file"):
-            coco_maker.make_coco(coco, counts=counts)
-    path.unlink()
-    with pytest.raises(DataError, match="instances_train2014.json not found.*--download"):
-        coco_maker.make_coco(coco, counts=counts)
+            coco_maker.make_coco(coco, counts=COUNTS)
 
 
 def test_odd_shapes_of_coco():
@@ -238,3 +211,126 @@ def test_coco_archives_are_fetched_once_and_checked(tmp_path, monkeypatch):
     coco_maker.download_coco(tmp_path)
     assert [length for _, length in fetched] == [32] * 3
     assert fetched[0][0] == "http://images.cocodataset.org/zips/train2014.zip"
+
+
+# --- one's own data ---------------------------------------------------------------------------
+
+@pytest.fixture
+def root(tmp_path):
+    """Three images, a.jpg, b.PNG and c.jpeg, and nothing else."""
+    for name in ("a.jpg", "b.PNG", "c.jpeg"):
+        (tmp_path / "JPEGImages").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 6)).save(tmp_path / "JPEGImages" / name)
+    return tmp_path
+
+
+def make(root):
+    data.main(data.parse_args(["labels", "--root", str(root)]))
+    return (root / "image_labels.txt").read_text().splitlines()
+
+
+def mask(root, image_id, *values):
+    pixels = np.zeros((6, 8))
+    pixels.flat[:len(values)] = values
+    data.save_mask(root / f"SegmentationClass/{image_id}.png", pixels)
+
+
+def instances(root, images, annotations, categories, name="instances.json"):
+    """annotations/instances.json as COCO's; annotations: pairs of an image and a class."""
+    write(root / "annotations" / name, json.dumps(dict(
+        images=[dict(id=k, file_name=file) for k, file in images.items()],
+        annotations=[dict(image_id=i, category_id=c) for i, c in annotations],
+        categories=[dict(id=k, name=n) for k, n in categories.items()])))
+
+
+def test_boxes_of_xml_bring_names_and_their_order(root, capsys):
+    xml(root, "a", "dog", "traffic light", "dog")
+    xml(root, "b")
+    xml(root, "stranger", "unicorn")  # no such image
+    assert make(root) == ["a dog traffic_light", "b background"]
+    assert (root / "classes.txt").read_text().split() == ["background", "dog", "traffic_light"]
+    told = capsys.readouterr().out
+    assert "from Annotations/: 2 of 3 images, 1 of them show no object" in told
+    assert "note: c and 0 more have nothing in Annotations/" in told and "no split yet" in told
+
+
+def test_json_of_coco_keeps_the_order_of_its_categories(root, capsys):
+    instances(root, {1: "a.jpg", 2: "x/b.PNG", 9: "gone.jpg"}, [(1, 7), (1, 3), (9, 3)],
+              {7: "cat", 3: "hot dog"})
+    instances(root, {5: "c.jpeg"}, [(5, 4)], {4: "ant", 3: "hot dog"}, name="more.json")
+    (root / "annotations/captions.json").write_text('{"images": [], "annotations": []}')
+    assert make(root) == ["a hot_dog cat", "b background", "c ant"]
+    assert (root / "classes.txt").read_text().split() == ["background", "hot_dog", "cat", "ant"]
+
+
+def test_masks_need_the_names_and_are_counted(root, capsys):
+    mask(root, "a", 2, 2, 255)
+    mask(root, "c", 1, 2)
+    (root / "SegmentationClass/c.png").rename(root / "SegmentationClass/c.PNG")
+    with pytest.raises(DataError, match="classes.txt not found: masks are numbers"):
+        make(root)
+    (root / "classes.txt").write_text("background\ndog\ncat\n")
+    assert make(root) == ["a cat", "c dog cat"]
+    assert "     2  cat                            2\n" in capsys.readouterr().out
+    labels = data.Folder(root).image_labels("a")
+    assert labels.tolist() == [1, 0, 1]
+
+
+def test_masks_that_are_numbered_otherwise_than_the_boxes_say_are_told(root, capsys):
+    for image_id, name, number in (("a", "ant", 2), ("b", "bee", 1), ("c", "cat", 3)):
+        xml(root, image_id, name)
+        mask(root, image_id, number)
+    assert make(root) == ["a ant", "b bee", "c cat"]
+    assert "note: the masks of 2 of 3 images, as a, hold a class that Annotations/ does not n" in (
+        told := capsys.readouterr().out)
+    assert "     3  cat                            1       1\n" in told
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda root: shutil.rmtree(root / "JPEGImages"), "JPEGImages has no .jpg, .jpeg or .png"),
+    (lambda root: (root / "JPEGImages/a.jpg").rename(root / "JPEGImages/a (1).jpg"),
+     r"'a \(1\)' has a blank"),
+    (lambda root: write(root / "image_labels.txt", "a ant\n"), "is there already: move it"),
+    (lambda root: write(root / "Annotations/a.xml", "<half"), "a.xml cannot be read .*UTF-8"),
+    (lambda root: write(root / "Annotations/a.xml", '<?xml version="1.0" encoding="gb2312"?><x/>'),
+     "a.xml cannot be read .*UTF-8"),
+    (lambda root: write(root / "Annotations/a.xml", "<list><item><name>cat</name></item></list>"),
+     "names no object"),
+    (lambda root: xml(root, "a", " "), "a.xml has an object without a name"),
+    (lambda root: write(root / "classes.txt", "background\ncat\n"),
+     "classes.txt does not have ant, which Annotations/ names"),
+    (lambda root: shutil.rmtree(root / "Annotations"), "has no Annotations/.*annotations/.*Segm"),
+    (lambda root: (root / "Annotations/a.xml").rename(root / "Annotations/z.xml"),
+     "Annotations names no object on any image"),
+    (lambda root: (shutil.rmtree(root / "Annotations"),
+                   instances(root, {1: "a.jpg"}, [(1, 8)], {})),
+     "instances.json is no file of COCO instances"),
+    (lambda root: (shutil.rmtree(root / "Annotations"),
+                   instances(root, {1: "train/a.jpg", 2: "val/a.jpg"}, [(1, 7)], {7: "cat"})),
+     "names val/a.jpg and train/a.jpg: two images cannot share"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_what_cannot_be_is_told_and_nothing_is_written(root, spoil, words):
+    xml(root, "a", "ant")
+    spoil(root)
+    before = contents(root)
+    with pytest.raises(DataError, match=words):
+        make(root)
+    assert contents(root) == before
+
+
+def test_capitals_namespaces_and_what_is_not_listed_are_read(root):
+    for image_id in "ab":
+        xml(root, image_id, "ant")
+    (root / "Annotations/a.xml").rename(root / "Annotations/a.XML")
+    content = (root / "Annotations/b.xml").read_text()
+    write(root / "Annotations/b.xml", content.replace("<annotation>",
+                                                      '<annotation xmlns="http://x/voc">'))
+    assert make(root) == ["a ant", "b ant"]
+
+
+def test_panoptic_files_and_images_that_were_taken_out_do_no_harm(root):
+    instances(root, {1: "train\\a.jpg"}, [(1, 7), (99, 7)], {7: "cat"})
+    write(root / "annotations/panoptic.json", json.dumps(dict(
+        images=[dict(id=1, file_name="a.jpg")], annotations=[dict(segments_info=[])],
+        categories=[])))
+    assert make(root) == ["a cat"]

@@ -1,4 +1,4 @@
-"""The score against hand counts, loops and torchmetrics; the prediction that it is of."""
+"""The score against hand counts and torchmetrics; the prediction, whole and in windows."""
 import numpy as np
 import pytest
 import torch
@@ -13,6 +13,7 @@ from data import Folder
 from model import upsample
 from support import run
 from support.crf import dense_crf
+from support.inference import slide
 from support.run import DataError
 
 
@@ -36,64 +37,12 @@ def test_iou_by_hand():
     assert evaluate.miou(np.zeros((3, 4), int)) is None
 
 
-@pytest.mark.confusion
-def test_confusion_matrix_by_loops():
-    rng = np.random.default_rng(0)
-    truth, guess = rng.choice([0, 1, 2, 3, 255], (2, 20, 30)).astype(np.uint8)
-    expected = np.zeros((4, 5), int)
-    for t, g in zip(truth.ravel(), guess.ravel()):
-        if t != 255:
-            expected[t, g if g != 255 else 4] += 1
-    assert np.array_equal(evaluate.confusion_matrix(guess, truth, 4), expected)
-
-
 def test_iou_is_that_of_torchmetrics():
     truth, guess = torch.randint(0, 5, (2, 40, 50), generator=torch.Generator().manual_seed(0))
     truth[:4] = 255
     ours = evaluate.iou_per_class(evaluate.confusion_matrix(guess.numpy(), truth.numpy(), 5))
     theirs = multiclass_jaccard_index(guess, truth, 5, average="none", ignore_index=255)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
-
-
-@pytest.fixture
-def shifted(toy, tmp_path):
-    """The folder, the ids of val, and a folder of their masks, shifted by 5 pixels."""
-    folder = Folder(toy)
-    ids = folder.ids("val")
-    for image_id in ids:
-        truth = data.read_mask(folder.mask_path(image_id), 9)
-        data.save_mask(tmp_path / f"{image_id}.png", np.roll(truth, 5, axis=1))
-    return folder, ids, tmp_path
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_split_is_counted_over_all_its_pixels_at_once(shifted, workers):
-    folder, ids, directory = shifted
-    confusion, about = evaluate.score_masks(folder, ids, directory, workers)
-    masks = np.stack([data.read_mask(directory / f"{i}.png", 9) for i in ids])
-    truth = np.stack([data.read_mask(folder.mask_path(i), 9) for i in ids])
-    assert about["num_images"] == 8
-    assert np.array_equal(confusion, evaluate.confusion_matrix(masks, truth, 9))
-
-
-def test_images_without_ground_truth_are_not_scored(shifted, toy_copy):
-    _, ids, directory = shifted
-    folder = Folder(toy_copy)
-    for image_id in ids[1:]:
-        folder.mask_path(image_id).unlink()
-    confusion, about = evaluate.score_masks(folder, ids, directory)
-    assert about["num_images"] == 1 and np.array_equal(
-        confusion, evaluate.confusion_of(folder, ids[0], directory))
-    folder.mask_path(ids[0]).unlink()
-    with pytest.raises(DataError, match="no ground truth to score"):
-        evaluate.score(folder, "val", directory, {}, 0)
-
-
-def test_a_mask_of_another_size_is_named(shifted):
-    folder, ids, directory = shifted
-    Image.new("L", (96, 90)).save(directory / f"{ids[0]}.png")
-    with pytest.raises(DataError, match=f"{directory}/{ids[0]}.png is 96x90, its image 96x96"):
-        evaluate.confusion_of(folder, ids[0], directory)
 
 
 def test_part_recall_by_hand(tmp_path):
@@ -109,11 +58,11 @@ def test_part_recall_by_hand(tmp_path):
 
 # --- prediction --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("C", [1, 9, 21, 81])
-def test_prediction_is_the_argmax_of_the_upsampled_logits(C):
+@pytest.mark.parametrize("classes", [1, 9, 21, 81])
+def test_prediction_is_the_argmax_of_the_upsampled_logits(classes):
     torch.manual_seed(0)
-    logits = torch.randn(C, 9, 13)
-    logits[C // 2] = logits[0]  # a tie: the first wins
+    logits = torch.randn(classes, 9, 13)
+    logits[classes // 2] = logits[0]  # a tie: the first wins
     mask = evaluate.predict(logits, np.zeros((64, 97, 3), np.uint8))
     assert mask.dtype == np.uint8
     assert np.array_equal(mask, upsample(logits, 64, 97).argmax(0).numpy())
@@ -167,3 +116,47 @@ print(len(np.unique(plain)), len(np.unique(refined)), peak() - before)"""
     _, output = script("-c", code, backend)
     plain, refined, gib = map(float, output.split())
     assert plain > 30 and 1 < refined <= 21 and gib < 2
+
+
+# --- sliding windows ---------------------------------------------------------------------------
+
+CELL, C = 8, 3
+
+
+def local(images):
+    """(B, 3, H, W) -> (B, h, w, C): each cell's own probabilities, whatever is around it."""
+    cells = torch.nn.functional.avg_pool2d(images, CELL, ceil_mode=True)
+    return cells.permute(0, 2, 3, 1).softmax(dim=-1)
+
+
+class Tagged:
+    """A network whose probabilities tell which window was seen: the window's mean colour."""
+
+    def __init__(self):
+        self.windows = []
+
+    def __call__(self, images):
+        self.windows.append(tuple(images.shape[-2:]))
+        h, w = (-(-side // CELL) for side in images.shape[-2:])
+        mean = images.mean(dim=(2, 3)).softmax(dim=-1)
+        return mean[:, None, None].expand(-1, h, w, -1)
+
+
+@pytest.mark.parametrize("height, width", [(40, 64), (43, 61), (24, 100), (32, 32)])
+def test_windows_of_a_network_that_looks_at_one_cell_are_the_whole_image(height, width):
+    images = torch.rand(2, C, height, width)
+    for window, stride in ((32, 16), (32, 8), (32, 32), (16, None), (24, None)):
+        torch.testing.assert_close(slide(local, images, CELL, window, stride), local(images))
+
+
+def test_a_cell_is_the_mean_over_the_windows_that_hold_it():
+    height, width, window, stride = 45, 70, 24, 16
+    images, network = torch.rand(1, C, height, width), Tagged()
+    result = slide(network, images, CELL, window, stride)[0]
+    assert result.shape == (6, 9, C) and max(map(max, network.windows)) == window
+    for y in range(6):
+        for x in range(9):  # windows begin every 2 cells, the last one where it ends with the image
+            seen = [Tagged()(images[..., 8 * top:8 * top + window, 8 * left:8 * left + window])
+                    for top in (0, 2, 3) for left in (0, 2, 4, 6)
+                    if top <= y < top + 3 and left <= x < left + 3]
+            torch.testing.assert_close(result[y, x], torch.cat(seen)[:, 0, 0].mean(dim=0))

@@ -1,5 +1,6 @@
 """--tokens: a file of what the frozen part of the backbone makes of each image, shared by runs."""
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,124 +9,78 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import make_pseudo
-import train_cls
-from conftest import in_process
-from data import Folder, Images, read_mask
+from conftest import call, classifier
+from data import read_mask
 from model import CPFCTE, ClassifierConfig
-from support.run import DataError
-from support.tokens import HEADER, keep_tokens, record_size
+from support.tokens import HEADER, record_size
 
-CPU = torch.device("cpu")
-SHORT = ("--epochs", "2", "--workers", "0", "--batch-size", "8", "--augment", "--no-amp")
+SHORT = "cls --epochs 2 --augment --no-amp --train-blocks"
+KEEP = f"{SHORT} 0 --tokens tokens --run"
+MASKS = "pseudo --crf none --no-amp --split test --tokens tokens --run"
 
 
 @pytest.fixture
 def images_seen(monkeypatch):
     """A list of how many images each call of the ViT got."""
     seen, forward = [], CPFCTE.frozen_tokens
-    monkeypatch.setattr(CPFCTE, "frozen_tokens", lambda model, images: (
-        seen.append(len(images)), forward(model, images))[1])
+
+    def counted(model, images):
+        seen.append(len(images))
+        return forward(model, images)
+    monkeypatch.setattr(CPFCTE, "frozen_tokens", counted)
     return seen
 
 
-def train(toy, run, *flags):
-    """cls.pt of a short run."""
-    in_process(train_cls, "--data", toy, "--run", run, *SHORT, *flags)
-    return torch.load(run / "cls.pt", weights_only=True)
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_training_from_kept_tokens_is_training_from_images(place, blocks):
+    lists = Path("data/ImageSets/Segmentation")
+    every_id = " ".join(path.read_text() for path in lists.iterdir()).split()
+    (lists / "train.txt").write_text("\n".join(every_id))  # more than are computed at a time
+    torch.save(classifier(9).backbone.state_dict(), "vit.pth")  # both start with equal weights
+    flags = f"{SHORT} {blocks} --weights vit.pth --run"
+    call(f"{flags} plain")
+    call(f"{flags} kept --tokens tokens")
+    plain, kept = (torch.load(f"{run}/cls.pt", weights_only=True)["model"]
+                   for run in ("plain", "kept"))
+    for name, weight in plain.items():  # but for float16
+        torch.testing.assert_close(kept[name], weight, atol=2e-3, rtol=0.02)
+    shutil.copy("kept/cls.pt", "plain")
+    call("pseudo --crf none --no-amp --run plain")
+    call("pseudo --crf none --no-amp --run kept --tokens tokens")
+    plain, kept = (np.stack([read_mask(path, 9) for path in sorted(Path(run).glob("bpm/*.png"))])
+                   for run in ("plain", "kept"))
+    assert (plain == kept).mean() > 0.999
 
 
-@pytest.mark.parametrize("blocks", ["0", "2"])
-def test_training_from_kept_tokens_is_training_from_images(toy, tmp_path, blocks):
-    flags = "--train-blocks", blocks, "--weights", tmp_path / "vit.pth"  # of equal weights
-    torch.manual_seed(0)
-    torch.save(CPFCTE(ClassifierConfig(9, "vit_toy")).backbone.state_dict(), tmp_path / "vit.pth")
-    plain = train(toy, tmp_path / "plain", *flags)
-    kept = train(toy, tmp_path / "kept", *flags, "--tokens", tmp_path / "tokens")
-    for name, weight in plain["model"].items():  # but for float16
-        torch.testing.assert_close(kept["model"][name], weight, atol=2e-3, rtol=0.02)
-    shutil.copy(tmp_path / "kept/cls.pt", tmp_path / "plain")
-    masks = {}
-    for run, more in (("plain", ()), ("kept", ("--tokens", tmp_path / "tokens"))):
-        in_process(make_pseudo, "--data", toy, "--run", tmp_path / run, "--split", "val",
-                   "--crf", "none", "--workers", "0", "--no-amp", *more)
-        masks[run] = np.stack([read_mask(path, 9) for path in
-                               sorted((tmp_path / run / "bpm").glob("*.png"))])
-    assert (masks["plain"] == masks["kept"]).mean() > 0.999
-
-
-def test_what_is_there_is_not_computed_again(toy, tmp_path, images_seen):
-    tokens = tmp_path / "tokens"
-    train(toy, tmp_path / "first", "--train-blocks", "0", "--tokens", tokens)
-    assert sum(images_seen) == 24 + 8 + 2  # train, val, and one of zeros for the shape each time
+def test_what_is_there_is_not_computed_again(place, images_seen):
+    call(f"{KEEP} first")
+    assert sum(images_seen) == 8 + 2 + 2  # train, val, and one of zeros for the shape each time
     images_seen.clear()
-    train(toy, tmp_path / "second", "--train-blocks", "0", "--tokens", tokens, "--context", "none")
+    call(f"{KEEP} second --context none")
     assert images_seen == [1, 1]
-    in_process(make_pseudo, "--data", toy, "--run", tmp_path / "first", "--split", "test",
-               "--crf", "none", "--workers", "0", "--no-amp", "--tokens", tokens)
-    assert sum(images_seen) == 2 + 1 + 8  # the test split is added
-    with open(tokens, "r+b") as file:  # as if killed in the middle of the last image
-        file.truncate(tokens.stat().st_size - 100)
+    call(f"{MASKS} first")
+    assert sum(images_seen) == 2 + 1 + 2  # the test split is added
+    with open("tokens", "r+b") as file:  # as if killed in the middle of the last image
+        file.truncate(Path("tokens").stat().st_size - 100)
     images_seen.clear()
-    in_process(make_pseudo, "--data", toy, "--run", tmp_path / "first", "--split", "test",
-               "--crf", "none", "--workers", "0", "--no-amp", "--tokens", tokens, "--overwrite")
+    call(f"{MASKS} first --overwrite")
     assert sum(images_seen) == 1 + 1
-    assert (tokens.stat().st_size - HEADER) % record_size((145, 128)) == 0
+    assert (Path("tokens").stat().st_size - HEADER) % record_size((37, 128)) == 0
 
 
-def test_an_image_that_changed_is_computed_again(toy_copy, tmp_path, images_seen):
-    torch.manual_seed(0)
-    model, folder = CPFCTE(ClassifierConfig(9, "vit_toy")), Folder(toy_copy)
-    args = train_cls.parse_args(["--data", str(toy_copy), "--run", "run", *SHORT,
-                                 "--tokens", str(tmp_path / "tokens")])
-    ids = folder.ids("val")
-    before, after = (Images(folder, ids, 96) for _ in range(2))
-    keep_tokens(before, model, 0, args, CPU)
-    Image.new("RGB", (96, 96), "red").save(folder.image_path(ids[3]))
+def test_an_image_that_changed_is_computed_again(place, images_seen):
+    call(f"{KEEP} first")
+    Image.new("RGB", (96, 96), "red").save("data/JPEGImages/val_00001.jpg")
     images_seen.clear()
-    keep_tokens(after, model, 0, args, CPU)
-    assert sum(images_seen) == 1 + 1
-    same = [torch.equal(before[k][2], after[k][2]) for k in range(len(ids))]
-    assert same == [k != 3 for k in range(len(ids))]
+    call(f"{KEEP} second")
+    assert sum(images_seen) == 2 + 1
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--size 64", "is of size 96, now it is 64: choose another --tokens"),
-    ("--backbone vit_toy_linear", "is of backbone vit_toy, now it is vit_toy_linear"),
-    ("--seed 1", "is of weights "),  # of a random start
-    ("--train-blocks 2 --frozen-epochs 0", "is of blocks_after 0, now it is 2"),
-    ("--train-blocks 5 --frozen-epochs 0", "lower --train-blocks to at most 4")])
-def test_a_file_of_other_tokens_is_refused(toy, tmp_path, flags, words):
-    tokens = tmp_path / "tokens"
-    train(toy, tmp_path / "first", "--train-blocks", "0", "--tokens", tokens)
-    content = tokens.read_bytes()
-    with pytest.raises(DataError, match=words) as caught:
-        train(toy, tmp_path / "second", "--train-blocks", "0", "--tokens", tokens, *flags.split())
-    assert "\n" not in str(caught.value) and content == tokens.read_bytes()
-
-
-def test_a_file_that_is_not_ours_stays(toy, tmp_path):
-    (tmp_path / "notes").write_text("mine")
-    with pytest.raises(DataError, match="notes is no file of tokens"):
-        train(toy, tmp_path / "run", "--train-blocks", "0", "--tokens", tmp_path / "notes")
-    assert (tmp_path / "notes").read_text() == "mine"
-
-
-@pytest.mark.parametrize("stage, flags, words", [
-    (train_cls, "--augment flip", "pass --augment without a name"),
-    (make_pseudo, "--window 48", "leave --window out")])
-def test_flags_that_contradict_it_are_refused(toy, tmp_path, capsys, stage, flags, words):
-    with pytest.raises(SystemExit, match="2"):
-        stage.parse_args(["--data", str(toy), "--run", str(tmp_path), "--tokens", "t",
-                          *flags.split()])
-    assert words in capsys.readouterr().err
-
-
-def test_tokens_too_large_for_float16_are_named(toy, tmp_path, monkeypatch):
+def test_tokens_too_large_for_float16_are_named(place, monkeypatch):
     monkeypatch.setattr(CPFCTE, "frozen_tokens", lambda model, images: torch.full(
-        (len(images), 145, 128), 1e6))
-    with pytest.raises(DataError, match="do not fit into float16: train without --tokens"):
-        train(toy, tmp_path / "run", "--train-blocks", "0", "--tokens", tmp_path / "tokens")
+        (len(images), 37, 128), 1e6))
+    with pytest.raises(SystemExit, match="do not fit into float16: train without --tokens"):
+        call(f"{KEEP} new")
 
 
 # --- the hybrid of preset photo ----------------------------------------------------------------
