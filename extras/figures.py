@@ -10,6 +10,7 @@ Writes: table4: RUNS/NAME_OF_DATA/fig6.png, image, truth, baseline, ours; fig7.p
         shown: RUN/shown.png, photographs of scikit-image that anybody may show, stage by stage
         crf, top-k: OUT/crf.png, OUT/top-k.png, one image after 0, 1, 3, 10 iterations of the CRF,
         or with the K = 1, 6, 12 and all patches that Eq. (8) averages (Table 5)
+        cpews: RUN/maps.png, class maps and masks of a run of the second method
         pipeline: OUT/pipeline.png, the steps, and which labels each of them sees
 """
 import argparse
@@ -25,10 +26,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import make_pseudo  # noqa: E402  the scripts are no package
-from data import Folder, Images
+from data import Folder, Images  # noqa: E402
+from extras.cpews import train as cpews  # noqa: E402
 from support.files import UserError, atomic, read_text
 from support.masks import IGNORE, read_image, read_mask, voc_palette
-from support.processes import map_in_workers, launch
+from support.processes import launch, map_in_workers
 from evaluate import confusion_matrix, confusion_of, miou, predict, predict_logits  # noqa: E402
 from study import STUDIES, folder_name  # noqa: E402
 from make_pseudo import class_maps, pseudo_masks  # noqa: E402
@@ -131,17 +133,19 @@ def of_stage(run, stage, step):
     if not path.is_file():
         raise UserError(f"{path} not found: run train_cls.py first")
     for line in map(json.loads, read_text(path).splitlines()):
-        if line["stage"] == stage:  # a training that starts anew replaces what came after its step
+        # a training that starts anew replaces what came after its step
+        if line["stage"] == stage and step in line:
             before = {number: old for number, old in lines.items() if number < line[step]}
             lines = before | {line[step]: line}
     return lines
 
 
 def draw_curves(path, runs):
-    """Loss and score of both trainings; runs {name: run folders}: mean of the seeds, range."""
+    """Loss and score of each training; runs {name: run folders}: mean of the seeds, range."""
     rows = []
     for stage, step, score in (("train_cls", "epoch", "val_map"),
-                               ("train_seg", "iteration", "val_miou")):
+                               ("train_seg", "iteration", "val_miou"),
+                               ("cpews", "step", "val_pred")):
         logs = {name: [of_stage(run, stage, step) for run in seeds] for name, seeds in runs.items()}
         if any(map(any, logs.values())):
             rows.append((stage, step, score, logs))
@@ -153,7 +157,7 @@ def draw_curves(path, runs):
         for axis, key in zip(row, ("loss", score)):
             for name, seeds in logs.items():
                 steps = sorted(set.intersection(*map(set, seeds)))
-                curves = np.array([[seed[x][key] for x in steps] for seed in seeds], dtype=float)
+                curves = np.array([[seed[x].get(key) for x in steps] for seed in seeds], float)
                 axis.plot(steps, curves.mean(0), marker=".", label=f"{name} (n = {len(curves)})")
                 axis.fill_between(steps, curves.min(0), curves.max(0), alpha=0.2)
             axis.set(title=f"{stage}: {key}", xlabel=step, ylim=(0, None if key == "loss" else 1))
@@ -391,6 +395,29 @@ def draw_crf(args):
 
 
 # --- who sees which labels ---------------------------------------------------------------------
+@torch.no_grad()
+def draw_cpews(args):
+    """CPEWS's Fig. 4 to 7: maps of both layers, and all masks, of evenly spaced images."""
+    model, checkpoint = load_model(args.run / "cpews.pt", "cpews", cpews.CPEWSConfig, cpews.CPEWS)
+    settings = argparse.Namespace(**checkpoint["args"] | dict(workers=0))
+    folder, rows = Folder(args.data, checkpoint), []
+    ids, C = folder.ids(args.split), len(folder.classes)
+    for image_id in (ids[k * len(ids) // 4] for k in range(4)) if len(ids) > 4 else ids:
+        image = np.array(read_image(folder.image_path(image_id)))
+        truth = read_mask(folder.mask_path(image_id), C, image.shape[1::-1])
+        whole, y = cpews.photo(image, CPU), folder.image_labels(image_id)[None, 1:]
+        maps = model.cams(model.encodings(whole, settings.cam_scales).values(), y, image.shape[:2])
+        job, = cpews.run_network(model, folder, [image_id], settings, CPU, None)
+        masks, c = cpews.image_masks(*job), int(y.argmax())
+        rows.append([(image_id, image, {}),
+                     *((f"{name}, {folder.classes[c + 1]}", both[0, c], MAPS)
+                       for name, both in zip(("last layer", f"block {settings.aux_block}"), maps)),
+                     *(coloured(f"{name}, ", masks[name], truth, C)
+                       for name in ("cam", "pseudo", "pred")), coloured("ground truth", truth)])
+    panels(args.run / "maps.png", rows, f"{args.run.name}, {args.split}, evenly spaced. Maps: 0 "
+           "dark, 1 yellow. cam and pseudo know the image labels, pred does not")
+
+
 def draw_pipeline(args):
     """A table of SEES: a row for each stage and for the two ways in which settings are chosen."""
     heads = "step", "images", "image labels", "pixel masks (truth)", "writes"
@@ -414,7 +441,7 @@ def draw_pipeline(args):
 FIGURES = {  # name: what draws it, the flags that it needs
     "table4": (draw_table4, ["data"]), "run": (draw_run, ["run"]), "shown": (draw_shown, ["run"]),
     "crf": (draw_crf, ["data", "run"]), "top-k": (draw_top_k, ["data"]),
-    "pipeline": (draw_pipeline, [])}
+    "cpews": (draw_cpews, ["data", "run"]), "pipeline": (draw_pipeline, [])}
 
 
 def main(args):

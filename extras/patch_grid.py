@@ -19,7 +19,7 @@ from data import Folder
 from support.files import UserError, progress
 from support.flags import Flags
 from support.masks import IGNORE, read_image, read_mask
-from support.processes import map_in_workers, launch
+from support.processes import launch, map_in_workers
 from evaluate import confusion_matrix, miou  # noqa: E402
 from make_pseudo import pseudo_masks  # noqa: E402
 from support.crf import add_crf_flags, crf_settings  # noqa: E402

@@ -91,7 +91,7 @@ def parse_args(argv=None):
     add("--cpews-flags", default="", help="more flags of extras/cpews/train.py, likewise")
     add("--seg-flags", default="", help="more flags of train_seg.py, with --full")
     add("--method", default="", help="what the column `method` of the .csv says, as the backbone")
-    add("--tokens", type=Path, help="file of the patch tokens of a frozen backbone, from which "
+    add("--tokens", type=Path, help="folder of the patch tokens of a frozen backbone, from which "
         "stages 1 and 2 of all rows of CPF-CTE start")
     add("--jobs", type=number(int, 1, 64), default=1, help="runs at a time; they share CPU and GPU")
     return parser.parse_args(argv)

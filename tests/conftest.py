@@ -14,6 +14,7 @@ import pytest
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # CUDA_VISIBLE_DEVICES=0 make test: on a GPU
 import torch  # noqa: E402
+from support.files import HELD
 from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -34,12 +35,11 @@ def pytest_configure(config):
 @contextmanager
 def own_process():
     """What a process gives back at its end: the locks of its run folders."""
-    from support import run
     try:
         yield
     finally:
-        while run.HELD:
-            run.HELD.popitem()[1].close()
+        while HELD:
+            HELD.popitem()[1].close()
 
 
 def in_process(stage, *arguments):
@@ -135,9 +135,9 @@ def command(line):
 
 def call(line):
     """Run a command in this process; a mistake ends in SystemExit."""
-    from support.run import launch
+    from support.processes import launch
     script, *flags = command(line)
-    stage = importlib.import_module(script.stem)
+    stage = importlib.import_module("datasets.make" if script.stem == "data" else script.stem)
     with own_process():
         launch(stage.main, stage.parse_args(flags))
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import evaluate
 import make_pseudo
 import train_cls
@@ -21,6 +20,7 @@ import train_seg
 from conftest import ROOT, call, command, in_process, needs_compiler, refusal
 from datasets import coco as coco_maker
 from datasets.beetles import TOY_CLASSES
+from support.masks import read_mask
 from support import backbones
 from support.pictures import PICTURE
 
@@ -86,11 +86,12 @@ def test_the_stages_need_the_users_packages_only(place, script):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 sys.modules.update(dict.fromkeys(("matplotlib", "torchmetrics", "pycocotools")))
-import data, evaluate, make_pseudo, train_cls, train_seg
+import evaluate, make_pseudo, train_cls, train_seg
+from datasets import make
 for stage, flags in ((train_cls, "--batch-size 4 --epochs 1"), (make_pseudo, ""),
                      (train_seg, "--batch-size 4 --iterations 2"), (evaluate, "")):
     stage.main(stage.parse_args(f"--data data --run new --workers 0 {{flags}}".split()))
-data.main(data.parse_args("toy --root more --num 1 1 1".split()))"""
+make.main(make.parse_args("toy --root more --num 1 1 1".split()))"""
     script("-c", code, cwd=place)
     with Image.open("new/figure.png") as picture:
         assert picture.info["Title"] == PICTURE and picture.width == 1100
@@ -179,7 +180,7 @@ def test_a_photo_is_segmented_with_the_preset_of_its_run(place, flags):
     words = f"--run run --image photo.jpg --out out.png {flags}"
     assert evaluate.parse_args(words.split()).crf_sxy == 30  # toy's
     call(f"photo {words}")
-    assert data.read_mask("out.png", 9).shape == (75, 130)
+    assert read_mask("out.png", 9).shape == (75, 130)
     with Image.open("out_overlay.png") as overlay:
         assert overlay.width > 1000 and overlay.info["Title"] == PICTURE
 

@@ -11,7 +11,7 @@ import make_pseudo
 from conftest import BACKENDS, HAS_PYDENSECRF
 from support import crf
 from support.crf import dense_crf
-from support.run import DataError
+from support.files import UserError
 
 FIELD = [(67, 3, 4), (50, 5, 10), (80, 13, 10), (121, 5, 4)]  # bilateral sxy, srgb, compat
 needs_pydensecrf = pytest.mark.skipif(not HAS_PYDENSECRF, reason="the oracle is not installed")
@@ -153,7 +153,7 @@ def test_sums_in_pieces_as_on_a_gpu_change_no_label(monkeypatch, spread):
     image = 120 + torch.randint(-spread, spread + 1, (120, 160, 3), generator=random).byte()
     probs = soft_regions(3, 120, 160)
     whole = dense_crf(image, probs, backend="torch").argmax(0)
-    monkeypatch.setitem(crf.PIECE, "cpu", 100)
+    monkeypatch.setitem(crf.MAX_TERMS, "cpu", 100)
     labels = dense_crf(image, probs, backend="torch").argmax(0)
     assert (labels == whole).float().mean() >= 0.9999 and (whole != probs.argmax(0)).any()
 
@@ -168,7 +168,7 @@ def test_without_pydensecrf_auto_is_torch_and_its_name_is_refused(monkeypatch):
     assert crf.crf_backend("auto", cpu) == "torch"
     image, probs = np.zeros((9, 8, 3), np.uint8), soft_regions(3, 9, 8)
     assert torch.equal(dense_crf(image, probs), dense_crf(image, probs, backend="torch"))
-    with pytest.raises(DataError, match="is not installed: --crf torch gives the same labels"):
+    with pytest.raises(UserError, match="is not installed: --crf torch gives the same labels"):
         dense_crf(image, probs, backend="pydensecrf")
 
 

@@ -6,7 +6,8 @@ from PIL import Image
 
 import data
 from data import Folder, LabelledImages
-from support.run import DataError
+from support.files import UserError
+from support.masks import read_image, read_mask, save_mask
 
 EVERY = list(data.AUGMENT)
 
@@ -17,7 +18,7 @@ EVERY = list(data.AUGMENT)
 def test_jpegs_of_every_mode_become_rgb(tmp_path, mode):
     picture = Image.new("RGB", (8, 8), (120, 120, 120)).convert(mode)
     picture.save(tmp_path / "a.jpg")
-    image = data.read_image(tmp_path / "a.jpg")
+    image = read_image(tmp_path / "a.jpg")
     assert image.mode == "RGB" and abs(image.getpixel((4, 4))[1] - 120) < 4
 
 
@@ -38,8 +39,8 @@ def test_mask_round_trip_keeps_numbers_and_shows_vocs_colours(tmp_path):
     mask = np.array([[0, 1, 20], [255, 15, 2]], np.uint8)
     colours = [[[0, 0, 0], [128, 0, 0], [0, 64, 128]],
                [[224, 224, 192], [192, 128, 128], [0, 128, 0]]]
-    data.save_mask(tmp_path / "m.png", mask)
-    assert np.array_equal(data.read_mask(tmp_path / "m.png", 21, (3, 2)), mask)
+    save_mask(tmp_path / "m.png", mask)
+    assert np.array_equal(read_mask(tmp_path / "m.png", 21, (3, 2)), mask)
     with Image.open(tmp_path / "m.png") as image:
         assert image.mode == "P" and np.array(image.convert("RGB")).tolist() == colours
 
@@ -61,9 +62,9 @@ def test_batches_are_whole_passes_and_do_not_depend_on_ranks_or_interruption():
 
 
 def test_batches_that_cannot_be_filled_or_shared():
-    with pytest.raises(DataError, match="--batch-size 4"):
+    with pytest.raises(UserError, match="--batch-size 4"):
         next(data.batches(3, 4, 0, 0, 1))
-    with pytest.raises(DataError, match="multiple of 3 ranks"):
+    with pytest.raises(UserError, match="multiple of 3 ranks"):
         next(data.batches(9, 4, 0, 0, 1, 0, 3))
 
 

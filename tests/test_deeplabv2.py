@@ -9,6 +9,7 @@ from torch import nn
 import data
 import train_seg
 from data import Folder
+from support.masks import save_mask
 from model import DeepLabv2, SegmenterConfig
 
 C = 5
@@ -106,7 +107,7 @@ def two_colours(tmp_path):
     pixels = np.full((40, 60, 3), 250, np.uint8)
     pixels[:, :23] = 10
     Image.fromarray(pixels).save(tmp_path / "JPEGImages/a.png")
-    data.save_mask(tmp_path / "masks/a.png", (pixels[..., 0] < 100).astype(np.uint8))
+    save_mask(tmp_path / "masks/a.png", (pixels[..., 0] < 100).astype(np.uint8))
     return Folder(tmp_path)
 
 

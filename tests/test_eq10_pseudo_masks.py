@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from make_pseudo import present_probs, pseudo_masks
+from make_pseudo import class_maps, pseudo_masks
 from model import upsample
 from support.crf import dense_crf
 
@@ -13,11 +13,11 @@ pytestmark = pytest.mark.eq10
 
 def test_absent_classes_go_and_each_class_is_divided_by_its_maximum():
     Y = torch.tensor([[[0.6, 0.3, 0.1], [0.1, 0.5, 0.4]]])  # one row of two patches, three classes
-    present, maps = present_probs(Y, torch.tensor([1.0, 0.0, 1.0]))
+    present, maps = class_maps(Y, torch.tensor([1.0, 0.0, 1.0]))
     assert present.tolist() == [0, 2]
     scaled = np.array([[0.6 / 0.6, 0.1 / 0.6], [0.1 / 0.4, 0.4 / 0.4]])
     np.testing.assert_allclose(maps[:, 0], scaled / scaled.sum(0), rtol=1e-5)
-    _, plain = present_probs(Y, torch.tensor([1.0, 0.0, 1.0]), max_norm=False)
+    _, plain = class_maps(Y, torch.tensor([1.0, 0.0, 1.0]), max_norm=False)
     expected = [[0.6 / 0.7, 0.1 / 0.5], [0.1 / 0.7, 0.4 / 0.5]]
     np.testing.assert_allclose(plain[:, 0], expected, rtol=1e-5)
 
@@ -25,7 +25,7 @@ def test_absent_classes_go_and_each_class_is_divided_by_its_maximum():
 def test_a_class_that_no_patch_has_gives_no_division_by_zero():
     Y = torch.zeros(2, 2, 3)
     Y[..., 0] = 1
-    _, maps = present_probs(Y, torch.tensor([1.0, 1.0, 0.0]))
+    _, maps = class_maps(Y, torch.tensor([1.0, 1.0, 0.0]))
     assert maps.tolist() == [[[1, 1], [1, 1]], [[0, 0], [0, 0]]]
 
 
@@ -46,7 +46,7 @@ def test_the_bpm_is_the_class_of_the_largest_upsampled_map():
 def test_masks_are_the_argmax_before_and_after_the_crf_for_tensors_and_arrays():
     torch.manual_seed(0)
     image = torch.randint(0, 256, (20, 30, 3), dtype=torch.uint8).numpy()
-    present, maps = present_probs(torch.rand(5, 6, 4), torch.tensor([1.0, 0, 1, 1]))
+    present, maps = class_maps(torch.rand(5, 6, 4), torch.tensor([1.0, 0, 1, 1]))
     crf = dict(backend="torch", iterations=3)
     probs = upsample(maps, 20, 30)
     expected = present[probs.argmax(0)], present[dense_crf(image, probs, **crf).argmax(0)]

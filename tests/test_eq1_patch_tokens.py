@@ -9,7 +9,7 @@ from timm.layers import resample_abs_pos_embed
 
 from model import CPFCTE, ClassifierConfig
 from support.backbones import ask_hub
-from support.run import DataError
+from support.files import UserError
 
 C = 5
 
@@ -68,7 +68,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, tmp_path):
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(DataError, match="--weights FILE.*--no-pretrained") as caught:
+    with pytest.raises(UserError, match="--weights FILE.*--no-pretrained") as caught:
         CPFCTE(ClassifierConfig(C, "vit_tiny_patch16_224.augreg_in21k"), pretrained=True)
     assert "\n" not in str(caught.value)
     assert len(asked) == 1 and hub.HF_HUB_OFFLINE  # timm then looks in its cache alone

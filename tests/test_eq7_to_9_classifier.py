@@ -10,6 +10,7 @@ from torchmetrics.functional.classification import binary_average_precision
 import train_cls
 from conftest import call, classifier
 from data import Folder, LabelledImages
+from support.scores import mean_average_precision
 from model import (CPFCTE, ClassifierConfig, border_and_centre, classification_loss,
                    pool_by_place, pool_patches)
 
@@ -145,9 +146,9 @@ def test_map_is_the_mean_of_torchmetrics_average_precisions(values):
     labels[:, 4] = 0  # a class that never occurs; background, the first, is not counted either
     theirs = [binary_average_precision(scores[:, c], labels[:, c].long())
               for c in (1, 2, 3, 5, 6, 7, 8)]
-    ours = train_cls.mean_average_precision(scores, labels)
+    ours = mean_average_precision(scores, labels)
     assert ours == pytest.approx(torch.stack(theirs).mean().item(), rel=1e-5)
-    assert train_cls.mean_average_precision(scores[:, :1], labels[:, :1]) is None
+    assert mean_average_precision(scores[:, :1], labels[:, :1]) is None
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def test_validation_pools_the_scores_of_every_image_in_order(val):
     with torch.no_grad():
         scores = torch.stack([pool_patches(model.eval()(dataset[i, 0][0][None] / 255), "topk", 4)[0]
                               for i in range(len(dataset))])
-    expected = train_cls.mean_average_precision(scores, dataset.labels)
+    expected = mean_average_precision(scores, dataset.labels)
     assert found["val_map"] == pytest.approx(expected, rel=1e-3)
 
 

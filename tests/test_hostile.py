@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 import data
 from conftest import ROOT, call, command, contents, refusal
 from datasets import beetles
-from support import run
-from support.run import DataError
+from support.files import UserError
+from support.masks import read_image, read_mask, save_mask
 
 FIRST = "train_00000"  # the image that rows damage; with test_00000 for stage 4
 
@@ -63,6 +63,11 @@ def nothing():
 
 def text(path, *content, encoding="utf-8"):
     Path(path).write_text("".join(f"{line}\n" for line in content), encoding)
+
+
+def made(folder, name):
+    Path(folder).mkdir()
+    text(f"{folder}/{name}", "mine")
 
 
 def add_line(path, line):
@@ -410,7 +415,9 @@ BACKBONES = [
         ("--seed 1", "is of weights "),  # of a random start
         ("--train-blocks 2 --frozen-epochs 0", "is of blocks_after 0, now it is 2"),
         ("--train-blocks 5 --frozen-epochs 0", "lower --train-blocks to at most 4"))),
-    (lambda: text("tokens", "mine"), f"{TOKENS} new", "tokens is no file of tokens"),
+    (lambda: text("tokens", "mine"), f"{TOKENS} new", "tokens is a file: --tokens takes a folder"),
+    (lambda: made("tokens", "notes"), f"{TOKENS} new", "tokens holds something else"),
+    (lambda: made("tokens", "made_with.json"), f"{TOKENS} new", "made_with.json is damaged"),
     *[(nothing, "cls --run new --device mps",
        "--device mps: this machine or this torch has no Apple GPU")
       for _ in range(not torch.backends.mps.is_available())],
@@ -515,8 +522,8 @@ def test_what_a_killed_save_left_disappears_with_the_next_run(place, line, lefto
 
 # --- Ctrl-C, too little memory, SIGKILL ---------------------------------------------------------
 
-STOPS = {"cls --overwrite": "train_cls.batches", "seg --overwrite": "train_seg.batches",
-         "pseudo --overwrite": "make_pseudo.present_probs",
+STOPS = {"cls --overwrite": "data.batches", "seg --overwrite": "data.batches",
+         "pseudo --overwrite": "make_pseudo.class_maps",
          "eval --crf torch": "evaluate.predict_logits"}  # where each stage is in its work
 
 
@@ -549,8 +556,8 @@ def test_too_little_memory_names_the_flags_to_lower(place, capsys, monkeypatch, 
     assert refusal(line, capsys) == f"error: out of memory: lower {lower}"
 
 
-@pytest.mark.parametrize("where, line", [("data.Image.open", "cls --overwrite"),
-                                         ("support.run.torch.load", "pseudo")])
+@pytest.mark.parametrize("where, line", [("support.masks.Image.open", "cls --overwrite"),
+                                         ("support.checkpoints.torch.load", "pseudo")])
 def test_too_many_open_files_are_no_damaged_file(place, capsys, monkeypatch, where, line):
     monkeypatch.setattr(where, raiser(OSError(errno.EMFILE, os.strerror(errno.EMFILE))))
     assert "too many open files: lower --workers" in refusal(line, capsys)
@@ -569,10 +576,10 @@ def still_runs(pid):
 def test_workers_end_with_the_process_that_is_killed(late):
     code = f"""
 import multiprocessing, os, signal, time, numpy
-from support import run
-start = run.ignore_interrupts
-run.ignore_interrupts = lambda worker: (time.sleep({late}), start(worker))
-results = run.in_workers(numpy.zeros, [(10**5,)] * 99, 2)  # arrays fill the pipe nobody reads
+from support import processes
+start = processes.ignore_interrupts
+processes.ignore_interrupts = lambda worker: (time.sleep({late}), start(worker))
+results = processes.map_in_workers(numpy.zeros, [(10**5,)] * 99, 2)  # arrays fill the pipe nobody reads
 {late} or next(results)
 print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)"""
@@ -654,9 +661,9 @@ def test_images_of_other_kinds_and_sizes_go_through_all_stages(place, change, si
     for line in (*ANEW, "photo --crf torch"):
         call(line)
     for path in (BPM, PSEUDO, PRED):
-        assert data.read_mask(path, 9).shape == size[::-1]
+        assert read_mask(path, 9).shape == size[::-1]
     with Image.open("photo.png") as photo:
-        assert data.read_mask("out.png", 9).shape == photo.size[::-1]
+        assert read_mask("out.png", 9).shape == photo.size[::-1]
 
 
 def test_255_classes_are_not_too_many(place):
@@ -681,9 +688,9 @@ def test_photos_are_read_upright_everywhere(place, capsys):
         Image.fromarray(pixels).save(path, exif=exif, quality=100)
     read = data.Images(data.Folder("data"), [FIRST], 48)[0][1]
     assert read.shape == (60, 40, 3) and read[:15].min() > 200 and read[25:].max() < 50
-    assert np.array_equal(read, np.array(data.read_image("photo.jpg")))
+    assert np.array_equal(read, np.array(read_image("photo.jpg")))
     call("photo --image photo.jpg")
-    assert data.read_mask("out.png", 9).shape == (60, 40)
+    assert read_mask("out.png", 9).shape == (60, 40)
     for path, line in ((PSEUDO, "seg --overwrite"), (truth_of(FIRST), "masks")):
         picture(PSEUDO, (40, 60), "L")
         picture(path, (60, 40), "L")  # drawn on the picture as it is stored
@@ -697,7 +704,7 @@ def test_sixteen_bits_are_scaled_not_white(tmp_path, turned):
     exif[0x0112] = 6 if turned else 1
     grey = np.tile(np.array([0, 257 * 100, 257 * 200, 65535], np.uint16), (2, 1))
     Image.fromarray(grey).save(tmp_path / "a.png", exif=exif)
-    read = np.array(data.read_image(tmp_path / "a.png"))
+    read = np.array(read_image(tmp_path / "a.png"))
     assert np.array_equal(read[..., 1].T if turned else read[..., 1], [[0, 100, 200, 255]] * 2)
 
 
@@ -718,7 +725,7 @@ def test_names_with_dollars_and_names_that_a_console_cannot_show(place, script):
 def renumber(change, split="train"):
     """Every truth of a split, changed as an array."""
     for image_id in Path(split_of(split)).read_text().split():
-        data.save_mask(Path(truth_of(image_id)), change(data.read_mask(truth_of(image_id), 9)))
+        save_mask(Path(truth_of(image_id)), change(read_mask(truth_of(image_id), 9)))
 
 
 def objects(change):
@@ -765,9 +772,9 @@ def test_honest_background_has_no_note_and_unknown_labels_have_one(place, capsys
 
 def test_what_a_score_is_over_is_said_and_noted(place, capsys):
     renumber(lambda mask: np.where(mask > 0, 255, 0), "test")
-    data.save_mask(Path(PRED), np.full((96, 96), 255))
+    save_mask(Path(PRED), np.full((96, 96), 255))
     call("masks --masks run/pred --split test")
-    missed, other = ((data.read_mask(truth_of(i), 9) == 0).sum()
+    missed, other = ((read_mask(truth_of(i), 9) == 0).sum()
                      for i in ("test_00000", "test_00001"))
     told = capsys.readouterr().out
     assert "(2 images, 1 of 9 classes)" in told
@@ -820,7 +827,7 @@ def test_the_second_run_in_a_folder_waits(place, capsys):
     code = """
 import sys
 from pathlib import Path
-from support.run import open_run
+from support.files import open_run
 open_run(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()"""
@@ -874,7 +881,7 @@ def test_an_epoch_is_saved_before_val_is_read(place, capsys):
 def test_a_loss_that_is_not_finite_does_not_wait_for_a_save(place, capsys, monkeypatch, line, path,
                                                             name):
     fill(path, math.nan, **{name: 0})
-    monkeypatch.setattr(run, "LOOK", 1)
+    monkeypatch.setattr("support.checkpoints.LOOK", 1)
     assert f"loss not finite by step 1: lower --lr; {path} stays" in refusal(
         f"{line} --resume", capsys)
 
@@ -911,7 +918,7 @@ def specimens(folder):
             ("c.png", pixels, dict(exif=exif)), ("d.png", mask, {}),
             ("e.png", pixels[..., 0].astype(np.uint16) * 257, {})):
         Image.fromarray(array).save(folder / name, **options)
-    data.save_mask(folder / "f.png", mask)
+    save_mask(folder / "f.png", mask)
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
@@ -930,7 +937,7 @@ def read_or_refused(read, path):
     """What read() gives, or None where it refuses the file in one line that names it."""
     try:
         return read()
-    except DataError as error:
+    except UserError as error:
         assert path.name in str(error) and len(str(error).splitlines()) == 1
 
 
@@ -942,12 +949,12 @@ def test_a_thousand_damaged_files_are_refused_or_read_right(tmp_path):
     for name, content in files:
         path = tmp_path / name
         path.write_bytes(content)
-        image = read_or_refused(partial(data.read_image, path), path)
+        image = read_or_refused(partial(read_image, path), path)
         if image:
             images_read += 1
             assert image.mode == "RGB" and np.array(image).shape == (image.height, image.width, 3)
         for size in (None, (40, 30)):
-            mask = read_or_refused(partial(data.read_mask, path, 9, size), path)
+            mask = read_or_refused(partial(read_mask, path, 9, size), path)
             if mask is not None:
                 assert mask.dtype == np.uint8 and size in (None, mask.shape[::-1])
                 assert set(np.unique(mask).tolist()) <= {*range(9), 255}

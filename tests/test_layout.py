@@ -13,7 +13,7 @@ FILES = {name: ROOT / f"{name.replace('.', '/')}.py" for name in sorted(STAGES |
 
 
 def modules(tree):
-    """Every module that a file imports: `from support import run` names support and support.run."""
+    """Every module that a file imports: `from support import crf` names support and support.crf."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

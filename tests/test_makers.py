@@ -8,11 +8,13 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from datasets import make
 import data
 from conftest import contents
 from data import Folder
 from datasets import beetles, coco as coco_maker, voc as voc_maker
-from support.run import DataError
+from support.files import UserError
+from support.masks import read_image, read_mask, save_mask
 
 
 def write(path, content):
@@ -78,7 +80,7 @@ def test_cooccur_is_the_probability_of_the_preferred_texture(monkeypatch):
 
 
 def test_the_command_makes_a_prefix_of_what_more_images_would_be(toy, tmp_path, capsys):
-    data.main(data.parse_args(["toy", "--root", str(tmp_path), "--num", "3", "2", "1"]))
+    make.main(make.parse_args(["toy", "--root", str(tmp_path), "--num", "3", "2", "1"]))
     assert "9 classes with background; test 1, train 3, val 2" in capsys.readouterr().out
     for path in (tmp_path / "JPEGImages").iterdir():
         assert path.read_bytes() == (toy / "JPEGImages" / path.name).read_bytes()
@@ -113,15 +115,15 @@ def test_voc_labels_and_trainaug_from_xml_and_sbd(voc):
 
 def test_voc_counts_are_checked_and_sbd_is_optional(voc, capsys):
     root, sbd = voc
-    with pytest.raises(DataError, match="train has 2 images, expected 1464.*data.py labels --root"):
+    with pytest.raises(UserError, match="train has 2 images, expected 1464.*data.py labels --root"):
         voc_maker.make_voc(root, sbd)
-    with pytest.raises(DataError, match="trainaug has 4 images, expected 10582"):
+    with pytest.raises(UserError, match="trainaug has 4 images, expected 10582"):
         voc_maker.make_voc(root, sbd, counts={"train": 2, "val": 1, "trainaug": 10582})
     assert not (root / "image_labels.txt").exists()
     voc_maker.make_voc(root, counts={"train": 2, "val": 1})
     assert "2 images of train" in capsys.readouterr().out
     (root / "Annotations/a2.xml").write_text("<annotation>")
-    with pytest.raises(DataError, match="a2.xml"):
+    with pytest.raises(UserError, match="a2.xml"):
         voc_maker.make_voc(root, counts={"train": 2, "val": 1})
 
 
@@ -129,7 +131,7 @@ def test_a_download_that_fails_says_what_to_fetch_by_hand(tmp_path, monkeypatch)
     def refuse(*_, **__):
         raise OSError("no route to host")
     monkeypatch.setattr("torchvision.datasets.VOCSegmentation.__init__", refuse)
-    with pytest.raises(DataError, match="no route to host.*VOCtrainval_11-May-2012.tar"):
+    with pytest.raises(UserError, match="no route to host.*VOCtrainval_11-May-2012.tar"):
         voc_maker.download_voc(tmp_path, tmp_path / "sbd")
 
 
@@ -151,14 +153,14 @@ def test_coco_labels_links_splits_and_masks_of_polygons_rle_and_crowds(coco, cap
     for image_id in folder.ids("train") + folder.ids("val"):
         path = folder.image_path(image_id)
         assert path.is_symlink() and not path.readlink().is_absolute()
-        assert data.read_image(path).size == (48, 32)
+        assert read_image(path).size == (48, 32)
     expected = np.zeros((32, 48), np.uint8)
     expected[20:30, 2:22] = 255           # the crowd, an uncompressed RLE, at the bottom
     expected[4:28, 4:20] = 1              # a person, a polygon, over the crowd
     expected[8:16, 8:16] = 10             # a traffic light, smaller, over the person
     expected[2:6, 30:40] = 80             # a toothbrush, a compressed RLE
-    assert np.array_equal(data.read_mask(folder.mask_path(first), 81, (48, 32)), expected)
-    assert (data.read_mask(folder.mask_path(second), 81) == 255).all()
+    assert np.array_equal(read_mask(folder.mask_path(first), 81, (48, 32)), expected)
+    assert (read_mask(folder.mask_path(second), 81) == 255).all()
     train = folder.mask_path("COCO_train2014_000000000001")
     assert not train.exists()
     coco_maker.make_coco(coco, train_masks=True, counts=COUNTS)
@@ -166,10 +168,10 @@ def test_coco_labels_links_splits_and_masks_of_polygons_rle_and_crowds(coco, cap
 
 
 def test_what_is_wrong_with_coco_is_named(coco):
-    with pytest.raises(DataError, match="has 5 images, 4 with an object; expected 82783 and 82081"):
+    with pytest.raises(UserError, match="has 5 images, 4 with an object; expected 82783 and 82081"):
         coco_maker.make_coco(coco)
     (coco / "train2014/COCO_train2014_000000000002.jpg").unlink()
-    with pytest.raises(DataError, match="000000000002.jpg not found: unpack train2014.zip again"):
+    with pytest.raises(UserError, match="000000000002.jpg not found: unpack train2014.zip again"):
         coco_maker.make_coco(coco, counts=COUNTS)
     assert not (coco / "image_labels.txt").exists()
     path, no_coco = coco / "annotations/instances_train2014.json", "is no COCO instances file"
@@ -182,7 +184,7 @@ def test_what_is_wrong_with_coco_is_named(coco):
                            *((json.dumps(whole | dict(annotations=[odd])), no_coco)
                              for odd in entries)):
         path.write_text(content)
-        with pytest.raises(DataError, match=f"instances_train2014.json {words}"):
+        with pytest.raises(UserError, match=f"instances_train2014.json {words}"):
             coco_maker.make_coco(coco, counts=COUNTS)
 
 
@@ -199,7 +201,7 @@ def test_odd_shapes_of_coco():
         assert not mask(nothing).any()
     square = [0.0, 0.0, 4.0, 0.0, 4.0, 4.0, 0.0, 4.0]
     assert np.array_equal(mask([square, [6.0, 6.0]]), np.pad(np.full((4, 4), 2), (0, 4)))
-    with pytest.raises(DataError, match="image 7 is .*, the size of its RLE"):
+    with pytest.raises(UserError, match="image 7 is .*, the size of its RLE"):
         mask(dict(size=[4, 4], counts=[0, 16]))
 
 
@@ -224,15 +226,15 @@ def root(tmp_path):
     return tmp_path
 
 
-def make(root):
-    data.main(data.parse_args(["labels", "--root", str(root)]))
+def made(root):
+    make.main(make.parse_args(["labels", "--root", str(root)]))
     return (root / "image_labels.txt").read_text().splitlines()
 
 
 def mask(root, image_id, *values):
     pixels = np.zeros((6, 8))
     pixels.flat[:len(values)] = values
-    data.save_mask(root / f"SegmentationClass/{image_id}.png", pixels)
+    save_mask(root / f"SegmentationClass/{image_id}.png", pixels)
 
 
 def instances(root, images, annotations, categories, name="instances.json"):
@@ -247,7 +249,7 @@ def test_boxes_of_xml_bring_names_and_their_order(root, capsys):
     xml(root, "a", "dog", "traffic light", "dog")
     xml(root, "b")
     xml(root, "stranger", "unicorn")  # no such image
-    assert make(root) == ["a dog traffic_light", "b background"]
+    assert made(root) == ["a dog traffic_light", "b background"]
     assert (root / "classes.txt").read_text().split() == ["background", "dog", "traffic_light"]
     told = capsys.readouterr().out
     assert "from Annotations/: 2 of 3 images, 1 of them show no object" in told
@@ -259,7 +261,7 @@ def test_json_of_coco_keeps_the_order_of_its_categories(root, capsys):
               {7: "cat", 3: "hot dog"})
     instances(root, {5: "c.jpeg"}, [(5, 4)], {4: "ant", 3: "hot dog"}, name="more.json")
     (root / "annotations/captions.json").write_text('{"images": [], "annotations": []}')
-    assert make(root) == ["a hot_dog cat", "b background", "c ant"]
+    assert made(root) == ["a hot_dog cat", "b background", "c ant"]
     assert (root / "classes.txt").read_text().split() == ["background", "hot_dog", "cat", "ant"]
 
 
@@ -267,10 +269,10 @@ def test_masks_need_the_names_and_are_counted(root, capsys):
     mask(root, "a", 2, 2, 255)
     mask(root, "c", 1, 2)
     (root / "SegmentationClass/c.png").rename(root / "SegmentationClass/c.PNG")
-    with pytest.raises(DataError, match="classes.txt not found: masks are numbers"):
-        make(root)
+    with pytest.raises(UserError, match="classes.txt not found: masks are numbers"):
+        made(root)
     (root / "classes.txt").write_text("background\ndog\ncat\n")
-    assert make(root) == ["a cat", "c dog cat"]
+    assert made(root) == ["a cat", "c dog cat"]
     assert "     2  cat                            2\n" in capsys.readouterr().out
     labels = data.Folder(root).image_labels("a")
     assert labels.tolist() == [1, 0, 1]
@@ -280,7 +282,7 @@ def test_masks_that_are_numbered_otherwise_than_the_boxes_say_are_told(root, cap
     for image_id, name, number in (("a", "ant", 2), ("b", "bee", 1), ("c", "cat", 3)):
         xml(root, image_id, name)
         mask(root, image_id, number)
-    assert make(root) == ["a ant", "b bee", "c cat"]
+    assert made(root) == ["a ant", "b bee", "c cat"]
     assert "note: the masks of 2 of 3 images, as a, hold a class that Annotations/ does not n" in (
         told := capsys.readouterr().out)
     assert "     3  cat                            1       1\n" in told
@@ -313,8 +315,8 @@ def test_what_cannot_be_is_told_and_nothing_is_written(root, spoil, words):
     xml(root, "a", "ant")
     spoil(root)
     before = contents(root)
-    with pytest.raises(DataError, match=words):
-        make(root)
+    with pytest.raises(UserError, match=words):
+        made(root)
     assert contents(root) == before
 
 
@@ -325,7 +327,7 @@ def test_capitals_namespaces_and_what_is_not_listed_are_read(root):
     content = (root / "Annotations/b.xml").read_text()
     write(root / "Annotations/b.xml", content.replace("<annotation>",
                                                       '<annotation xmlns="http://x/voc">'))
-    assert make(root) == ["a ant", "b ant"]
+    assert made(root) == ["a ant", "b ant"]
 
 
 def test_panoptic_files_and_images_that_were_taken_out_do_no_harm(root):
@@ -333,4 +335,4 @@ def test_panoptic_files_and_images_that_were_taken_out_do_no_harm(root):
     write(root / "annotations/panoptic.json", json.dumps(dict(
         images=[dict(id=1, file_name="a.jpg")], annotations=[dict(segments_info=[])],
         categories=[])))
-    assert make(root) == ["a cat"]
+    assert made(root) == ["a cat"]

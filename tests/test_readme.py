@@ -25,7 +25,8 @@ NAME = r"`([\w/]+\.py):([\w.]+)`"
 
 def parse_args_of(script):
     """The function of a script, which may be in a folder: extras/cpews/train.py."""
-    return importlib.import_module(script.removesuffix(".py").replace("/", ".")).parse_args
+    module = "datasets/make.py" if script == "data.py" else script
+    return importlib.import_module(module.removesuffix(".py").replace("/", ".")).parse_args
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith(("python ", "torchrun "))
@@ -80,7 +81,7 @@ def test_plain_commands_stand_beside_every_target():
 
 
 def test_flags_that_the_text_names_exist():
-    code = "".join(path.read_text() for folder in ("", "support", "extras", "extras/cpews")
+    code = "".join(path.read_text() for folder in ("", "support", "datasets", "extras", "extras/cpews")
                    for path in (ROOT / folder).glob("*.py"))
     known = set(re.findall(r'"(--[a-z][\w-]*)"', code)) | {"--help"}
     for page, text in PAGES.items():

@@ -1,4 +1,4 @@
-"""support/run.py: errors, flags, files, checkpoints, worker processes."""
+"""support/: errors, flags, files, checkpoints, worker processes."""
 import argparse
 import errno
 import json
@@ -14,9 +14,10 @@ import make_pseudo
 import train_cls
 import train_seg
 from conftest import classifier
-from support import run
 from support.inference import load_model
-from support.run import DataError, in_workers
+from support.checkpoints import finite_mean_loss, save_checkpoint
+from support.files import UserError, log
+from support.processes import map_in_workers, launch
 
 STAGES = [train_cls, make_pseudo, train_seg, evaluate]
 
@@ -30,7 +31,7 @@ OPEN_FILES = "too many open files: lower --workers, or raise the limit, as with 
 
 
 @pytest.mark.parametrize("error, message", [  # as Python, torch and a DataLoader's worker tell it
-    (DataError("a.jpg cannot be read"), "a.jpg cannot be read"),
+    (UserError("a.jpg cannot be read"), "a.jpg cannot be read"),
     (OSError(errno.ENOSPC, "No space left on device", "a.txt"),
      "[Errno 28] No space left on device: 'a.txt'"),
     (OSError(errno.ENOSPC, "No space left on device"), DISK),
@@ -51,7 +52,7 @@ def test_a_mistake_or_a_lack_ends_in_one_line_and_code_1(error, message):
     def main(args):
         raise error
     with pytest.raises(SystemExit) as caught:
-        run.launch(main, argparse.Namespace(batch_size=1, workers=1))
+        launch(main, argparse.Namespace(batch_size=1, workers=1))
     assert caught.value.code == f"error: {message}"  # Python prints it and exits with code 1
 
 
@@ -59,7 +60,7 @@ def test_an_error_of_the_code_keeps_its_traceback():
     def main(args):
         raise RuntimeError("shapes do not match")
     with pytest.raises(RuntimeError, match="shapes"):
-        run.launch(main, None)
+        launch(main, None)
 
 
 # --- flags -------------------------------------------------------------------------------------
@@ -77,7 +78,7 @@ def test_a_preset_is_named_by_the_data_set_or_given_and_flags_win(tmp_path):
 
 @pytest.mark.parametrize("stage, words", [
     (train_cls, "SIZE x SIZE (default 384, toy 96, voc-small 224, photo 448)"),
-    (train_cls, "to train on (default trainaug, coco train, toy train, voc-small train, photo tr"),
+    (train_cls, "to train on; train where DATA has no trainaug (default trainaug)"),
     (train_cls, "passes over the training images (default 50, toy 6, voc-small 12, photo 1)"),
     (train_cls, "all patches is average pooling (default 6, toy 12, photo 50)"),
     (make_pseudo, "960 for 384 (default 2.5, toy 1.0, photo 1.0)"),
@@ -117,8 +118,8 @@ def test_a_stage_without_its_folders_says_which(stage, capsys):
 # --- files -------------------------------------------------------------------------------------
 
 def test_a_line_on_the_screen_is_a_line_in_the_log(tmp_path, capsys):
-    run.log(tmp_path, "stage", epoch=1, loss=0.123456, val_map=None)
-    run.log(tmp_path, "stage", epoch=2, loss=1e-9, val_map=0.5)
+    log(tmp_path, "stage", epoch=1, loss=0.123456, val_map=None)
+    log(tmp_path, "stage", epoch=2, loss=1e-9, val_map=0.5)
     assert capsys.readouterr().out.splitlines() == [
         "stage  epoch 1  loss 0.1235  val_map None", "stage  epoch 2  loss 1e-09  val_map 0.5"]
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -130,7 +131,7 @@ def test_a_line_on_the_screen_is_a_line_in_the_log(tmp_path, capsys):
 def test_a_checkpoint_rebuilds_its_model(tmp_path):
     model = classifier(class_tokens="append")
     args = train_cls.parse_args(["--data", "x", "--run", str(tmp_path)])
-    run.save_checkpoint(tmp_path / "cls.pt", "cls", model, args, classes=["background", "a"],
+    save_checkpoint(tmp_path / "cls.pt", "cls", model, args, classes=["background", "a"],
                         ids=["1"], labels="f00", epoch=1, optimizer={})
     again, checkpoint = load_model(tmp_path / "cls.pt", "cls")
     images = torch.rand(1, 3, 96, 96)
@@ -142,10 +143,10 @@ def test_a_checkpoint_rebuilds_its_model(tmp_path):
 def test_weights_that_are_not_finite_end_a_run_though_its_loss_is(tmp_path):
     model = torch.nn.Linear(2, 1)
     told = dict(model=model, where="in epoch 3", path=tmp_path / "cls.pt")
-    assert run.mean_loss(torch.tensor(6.0), 4, 1, **told) == 1.5
+    assert finite_mean_loss(torch.tensor(6.0), 4, 1, **told) == 1.5
     model.weight.data[0, 0] = math.nan
-    with pytest.raises(DataError, match="weights .*not finite in epoch 3"):
-        run.mean_loss(torch.tensor(6.0), 4, 1, **told)
+    with pytest.raises(UserError, match="weights .*not finite in epoch 3"):
+        finite_mean_loss(torch.tensor(6.0), 4, 1, **told)
 
 
 # --- worker processes; test_hostile.py has mistakes in them ------------------------------------
@@ -153,13 +154,13 @@ def test_weights_that_are_not_finite_end_a_run_though_its_loss_is(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_results_come_in_the_order_of_their_jobs(workers):
     jobs = ((number, 2) for number in range(40))
-    assert list(in_workers(pow, jobs, workers)) == [number ** 2 for number in range(40)]
-    assert list(in_workers(pow, [], workers)) == []
+    assert list(map_in_workers(pow, jobs, workers)) == [number ** 2 for number in range(40)]
+    assert list(map_in_workers(pow, [], workers)) == []
 
 
 def test_few_jobs_are_drawn_ahead_of_their_results():
     drawn = []
-    results = in_workers(abs, ((drawn.append(n) or n,) for n in range(1000)), 2)
+    results = map_in_workers(abs, ((drawn.append(n) or n,) for n in range(1000)), 2)
     assert next(results) == 0 and len(drawn) < 20
 
 
@@ -171,4 +172,4 @@ def killed(number):
 
 def test_a_killed_worker_is_an_error_and_no_hang():
     with pytest.raises(RuntimeError, match="DataLoader worker .*(exited|killed)"):
-        list(in_workers(killed, ((number,) for number in range(20)), 2))
+        list(map_in_workers(killed, ((number,) for number in range(20)), 2))

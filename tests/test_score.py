@@ -6,15 +6,15 @@ from PIL import Image
 from torch import nn
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
-import data
 import evaluate
 from conftest import BACKENDS
 from data import Folder
 from model import upsample
-from support import run
 from support.crf import dense_crf
 from support.inference import slide
-from support.run import DataError
+from datasets.beetles import part_recall
+from support.files import UserError, write_lines
+from support.masks import save_mask
 
 
 # --- the score ---------------------------------------------------------------------------------
@@ -46,13 +46,13 @@ def test_iou_is_that_of_torchmetrics():
 
 
 def test_part_recall_by_hand(tmp_path):
-    run.write_lines(tmp_path / "classes.txt", ["background", "a"])
-    run.write_lines(tmp_path / "Parts/names.txt", ["body", "head"])
+    write_lines(tmp_path / "classes.txt", ["background", "a"])
+    write_lines(tmp_path / "Parts/names.txt", ["body", "head"])
     truth, parts = np.array([[0, 1, 1, 1, 1, 255]]), np.array([[0, 1, 1, 1, 2, 0]])
     for where, mask in (("SegmentationClass", truth), ("Parts", parts),
                         ("pred", np.array([[1, 1, 1, 0, 0, 0]]))):
-        data.save_mask(tmp_path / where / "x.png", mask)
-    recall = evaluate.part_recall(Folder(tmp_path), ["x"], tmp_path / "pred")
+        save_mask(tmp_path / where / "x.png", mask)
+    recall = part_recall(Folder(tmp_path), ["x"], tmp_path / "pred")
     assert recall == {"body": pytest.approx(2 / 3), "head": 0}
 
 
@@ -81,7 +81,7 @@ def test_logits_are_those_of_the_networks_maximum_in_evaluation_mode():
     odds = np.exp(image[..., 1:].transpose(2, 0, 1) / 255)
     np.testing.assert_allclose(logits.exp(), odds / odds.sum(0), rtol=1e-5)
     Network.forward = lambda self, images: [images / 0]
-    with pytest.raises(DataError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         evaluate.predict_logits(Network(), image, torch.device("cpu"), False)
 
 

@@ -26,17 +26,15 @@ from evaluate import confusion_matrix, export, miou, predict, score_masks  # noq
 from extras.cpews.model import (CPEWS, CPEWSConfig, false_scores, ism_loss,  # noqa: E402
                                 make_pools, pdl_loss, pixel_labels, prototype_distances,
                                 region_features, seg_loss, ssl_loss, superclasses, token_labels)
-from support.checkpoints import (MAY_CHANGE_ON_RESUME, check_finite, check_loss,  # noqa: E402
-                                 finite_mean_loss, open_checkpoint, restore, save_checkpoint)
+from support.checkpoints import (MAY_CHANGE_ON_RESUME, check_finite, check_loss, finite_mean_loss,
+                                 open_checkpoint, restore, save_checkpoint)
+from support.files import UserError, file_hash, log, logged, progress
+from support.flags import common_flags
+from support.masks import IGNORE, claimed, read_mask, read_settings, save_mask, unfinished
+from support.processes import join_processes, launch, map_in_workers, place, wrap_for_training
+from support.scores import boundary_iou, mean_average_precision
 from support.crf import add_crf_flags, crf_settings  # noqa: E402
-from support.files import UserError, file_hash, log, logged, progress  # noqa: E402
-from support.flags import common_flags  # noqa: E402
 from support.inference import load_model  # noqa: E402
-from support.masks import (IGNORE, claimed, read_mask, read_settings, save_mask,  # noqa: E402
-                           unfinished)
-from support.processes import (join_processes, launch, map_in_workers, place,  # noqa: E402
-                               wrap_for_training)
-from support.scores import boundary_iou, mean_average_precision  # noqa: E402
 
 WEIGHT_DECAY, POLY_POWER = 0.01, 0.9
 MASK_FLAGS = "cam_scales cam_threshold cam_high cam_low par_dilations scales".split()
