@@ -38,10 +38,10 @@ export OMP_WAIT_POLICY ?= passive
 .NOTPARALLEL:  # the stages share a run folder, the tables share runs
 
 demo: .venv/ready $(TOY)/image_labels.txt
-	$(PY) train_cls.py   --data $(TOY) --run $(RUN) --seed $(SEED) --resume
-	$(PY) make_pseudo.py --data $(TOY) --run $(RUN)
-	$(PY) train_seg.py   --data $(TOY) --run $(RUN) --seed $(SEED) --resume
-	$(PY) evaluate.py    --data $(TOY) --run $(RUN)
+	$(PY) train_cls.py   --data $(TOY) --run $(RUN) --seed $(SEED) --resume $(FLAGS) $(CLS_FLAGS)
+	$(PY) make_pseudo.py --data $(TOY) --run $(RUN) $(FLAGS)
+	$(PY) train_seg.py   --data $(TOY) --run $(RUN) --seed $(SEED) --resume $(FLAGS) $(SEG_FLAGS)
+	$(PY) evaluate.py    --data $(TOY) --run $(RUN) $(FLAGS)
 
 voc voc-small: DATA = data/VOC2012
 voc-small: FLAGS += --preset voc-small

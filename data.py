@@ -109,7 +109,7 @@ class Folder:
         return ids
 
     def _id(self, name):
-        """A name without its ending, if it has one that is not the image's own."""
+        """A name without .jpg or .png, unless the ID itself ends so."""
         short = without_ending(name)
         return name if short == name or self.image_path(name).is_file() else short
 
@@ -138,7 +138,7 @@ class Folder:
             labels[self.classes.index(name)] = 1
         return labels
 
-    def names(self, image_id):
+    def label_numbers(self, image_id):
         """{numbers of the object classes} in the image's labels; None where it has no line."""
         if (self.root / "image_labels.txt").is_file() and image_id in self._labels:
             return {*self.image_labels(image_id)[1:].nonzero().flatten().add(1).tolist()}
@@ -167,7 +167,7 @@ class Images(Dataset):
 
     def __init__(self, folder, ids, size=1):
         self.folder, self.ids, self.size = folder, ids, size
-        for image_id in ids:  # one that is missing is named before any work
+        for image_id in ids:  # a missing image is reported before any work
             if not folder.image_path(image_id).is_file():
                 raise UserError(f"{folder.image_path(image_id)} not found: add it, or take it out "
                                 "of the split")
@@ -189,7 +189,7 @@ class Images(Dataset):
 
 
 def sub_seed(seed, number):
-    """Seed `number` of the million that belong to --seed."""
+    """A seed from --seed and a number; numbers above a million reach those of the next --seed."""
     return seed * 1_000_003 + number
 
 
@@ -229,8 +229,8 @@ class MaskedImages(Images):
             AUGMENT["jitter"] if jitter else v2.Identity(),
             v2.RandomCrop(crop, pad_if_needed=True, fill={Image.Image: fill, Mask: IGNORE}),
             v2.RandomHorizontalFlip(), v2.PILToTensor()])
-        for image_id in ids if masks else ():
-            if not mask_in(masks, image_id).is_file():
+        for image_id in ids:
+            if masks and not mask_in(masks, image_id).is_file():
                 raise UserError(f"{masks}/{image_id}.png not found: run make_pseudo.py first, on "
                                 "this split and with a CRF, or pass --masks")
 
@@ -259,7 +259,7 @@ def loader(dataset, args, device, **options):
 
 
 def as_input(images, device):
-    """What a network takes: uint8 images in [0, 1], or kept tokens in float32, on the device."""
+    """On the device: uint8 images divided by 255, or kept tokens as float32."""
     images = images.to(device, non_blocking=True)
     return images / 255 if images.dtype == torch.uint8 else images.float()
 
@@ -281,8 +281,8 @@ def batches(num_images, batch_size, seed, start, stop, rank=0, world=1):
             generator = torch.Generator().manual_seed(sub_seed(seed, step // steps_per_epoch))
             order = torch.randperm(num_images, generator=generator).tolist()
         first = step % steps_per_epoch * batch_size
-        rows = range(first + rank, first + batch_size, world)
-        yield [(order[row], step * batch_size + row - first) for row in rows]
+        places = range(rank, batch_size, world)  # of this rank in the batch
+        yield [(order[first + place], step * batch_size + place) for place in places]
 
 
 def training_batches(dataset, args, device, first, last, what, rank=0, world=1):

@@ -27,8 +27,8 @@ from support.crf import add_crf_flags, crf_settings, dense_crf
 from support.files import UserError, atomic, file_hash, git_commit, open_run, progress, write_lines
 from support.flags import common_flags
 from support.inference import load_model, slide
-from support.masks import (IGNORE, claimed, decode, mask_in, read_image, read_mask, read_settings,
-                           save_mask, unfinished)
+from support.masks import (IGNORE, claim_folders, decode, mask_in, read_image, read_mask,
+                           read_settings, save_mask, unfinished)
 from support.pictures import PICTURE, draw_overlay, draw_stages
 from support.processes import map_in_workers, join_processes, launch
 from support.scores import boundary_iou, note_truth
@@ -99,7 +99,7 @@ def score_masks(folder, ids, directory, workers=0, notes=True):
 
     about says what the score is over, and how many of the images that image_labels.txt knows
     (compared) have a truth with a class that it does not name (unnamed) or without one that it
-    names (lacking). With notes a line says each thing that may be other than it seems.
+    names (lacking). With notes doubtful ground truth is reported, one line a problem.
     """
     C = len(folder.classes)
     confusion = np.zeros((C, C + 1), np.int64)
@@ -108,7 +108,8 @@ def score_masks(folder, ids, directory, workers=0, notes=True):
     jobs = [(folder, i, directory) for i in scored]
     for image_id, of_image in zip(scored, map_in_workers(confusion_of, jobs, workers)):
         confusion += of_image
-        named, occurs = folder.names(image_id), {*np.flatnonzero(of_image.sum(1)).tolist()} - {0}
+        named = folder.label_numbers(image_id)
+        occurs = {*np.flatnonzero(of_image.sum(1)).tolist()} - {0}
         about["compared"] += named is not None
         about["unnamed"] += named is not None and not occurs <= named
         about["lacking"] += named is not None and not named <= occurs
@@ -168,7 +169,7 @@ def print_table(results):
 
 # --- prediction --------------------------------------------------------------------------------
 @torch.no_grad()
-def predict_logits(model, image, device, amp, window=None, stride=None, bar=iter):
+def predict_log_probs(model, image, device, amp, window=None, stride=None, bar=iter):
     """DeepLabv2's log-probabilities (C, h, w), on device, of an image (H, W, 3) uint8."""
     def _probabilities(images):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -184,8 +185,8 @@ def predict_logits(model, image, device, amp, window=None, stride=None, bar=iter
 
 def upsampled_argmax(maps, height, width):
     """upsample(maps, height, width).argmax(0) as uint8, in memory that all maps share."""
-    best, mask = upsample(maps[:1], height, width)[0], torch.zeros(
-        (height, width), dtype=torch.uint8, device=maps.device)
+    best = upsample(maps[:1], height, width)[0]
+    mask = torch.zeros((height, width), dtype=torch.uint8, device=maps.device)
     for label in range(1, len(maps)):
         values = upsample(maps[label:label + 1], height, width)[0]
         mask[values > best] = label
@@ -213,7 +214,7 @@ def predict(logits, image, crf=None):
 def segment_images(model, folder, ids, args, device, crf):
     """Run the network over the images; yields the arguments of predict."""
     for _, image, _ in loader(Images(folder, ids), args, device, batch_size=None, collate_fn=tuple):
-        logits = predict_logits(model, image, device, args.amp, args.window, args.stride)
+        logits = predict_log_probs(model, image, device, args.amp, args.window, args.stride)
         yield logits if device.type == "cuda" else logits.cpu().numpy(), image, crf
 
 
@@ -224,17 +225,17 @@ def predict_split(args, model, checkpoint, device, crf):
                  image_labels_used=False, seed=checkpoint["args"]["seed"])
     settings = about | dict(data=str(args.data.resolve()), seg=file_hash(args.run / "seg.pt"),
                             window=args.window, stride=args.stride,
-                            constants=crf and crf | dict(backend=None))  # who computes is free
+                            constants=crf and crf | dict(backend=None))  # any backend
     ids, began, old = folder.ids(args.split), time.time(), read_settings(pred)
     fresh = bool(old) and old != settings  # else a killed run goes on where it stopped
     todo = ids if fresh else unfinished(ids, {pred: settings}, args.workers,
                                         "delete them, or choose another --run")
     results = map_in_workers(predict, segment_images(model, folder, todo, args, device, crf),
                              0 if device.type == "cuda" else args.workers)
-    results = progress(claimed(results, {pred: settings}, fresh), args.split, len(todo))
+    results = progress(claim_folders(results, {pred: settings}, fresh), args.split, len(todo))
     for mask, image_id in zip(results, todo):
         save_mask(pred / f"{image_id}.png", mask)
-    print(f"evaluate  {len(todo):,} of {len(ids):,} images were still to do, "
+    print(f"evaluate  {len(todo):,} of {len(ids):,} images done now, "
           f"{time.time() - began:.0f} s, CRF: {crf['backend'] if crf else 'none'}", flush=True)
     return folder, about
 
@@ -265,7 +266,7 @@ def segment_photo(args, segment, classes):
 
 
 def score_folder(args):
-    """Score --masks; the results lie beside masks of ours, and nowhere else."""
+    """Score --masks; results.json is written only beside masks of stage 2 or 4."""
     made = read_settings(args.masks)
     about = dict(checkpoint=None, masks=str(args.masks))
     about |= {name: made.get(name) for name in ("crf", "image_labels_used", "seed")}
@@ -286,7 +287,7 @@ def main(args):
     model = model.to(device)
 
     def _segment(image, bar=iter):
-        logits = predict_logits(model, image, device, args.amp, args.window, args.stride, bar)
+        logits = predict_log_probs(model, image, device, args.amp, args.window, args.stride, bar)
         return predict(logits, image, crf)
 
     if args.image:
@@ -299,7 +300,7 @@ def main(args):
     write_lines(args.run / "results.json", [json.dumps(results)])
     print_table(results)
     print(f"written: {args.run}/pred, {args.run}/results.json")
-    draw_stages(args.run, folder, _segment, "DeepLabv2" + " + CRF" * bool(crf))
+    draw_stages(args.run, folder, _segment, "DeepLabv2 + CRF" if crf else "DeepLabv2")
 
 
 if __name__ == "__main__":

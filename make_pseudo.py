@@ -21,7 +21,7 @@ from support.crf import add_crf_flags, crf_settings, dense_crf
 from support.files import UserError, file_hash, log, open_run, progress
 from support.flags import number, common_flags
 from support.inference import load_model, slide
-from support.masks import claimed, save_mask, unfinished
+from support.masks import claim_folders, save_mask, unfinished
 from support.processes import map_in_workers, join_processes, launch
 from support.tokens import add_tokens_flag, keep_tokens, learning_blocks
 
@@ -109,7 +109,7 @@ def main(args):
         print(f"note: cls.pt is of epoch {checkpoint['epoch']} of {train_args['epochs']}")
     ids = folder.ids(args.split)
     for image_id in ids:
-        folder.image_labels(image_id)  # one that is missing is named now
+        folder.image_labels(image_id)  # a missing label is reported now
 
     # --- what is there already ---
     crf = crf_settings(args, device)
@@ -130,7 +130,7 @@ def main(args):
         blocks = learning_blocks(argparse.Namespace(**train_args))
         keep_tokens(dataset, model, blocks, args, device)
     jobs = classify_patches(model, dataset, args, device, crf)
-    results = claimed(map_in_workers(pseudo_masks, jobs, workers), outputs, args.overwrite)
+    results = claim_folders(map_in_workers(pseudo_masks, jobs, workers), outputs, args.overwrite)
     results = progress(results, f"masks of {args.split}", len(todo), disable=rank > 0)
     for masks, image_id in zip(results, todo):
         for out, mask in zip(outputs, masks):
@@ -140,8 +140,8 @@ def main(args):
 
     # --- score: the last two rows of Table 1 ---
     if rank == 0:
-        print(f"make_pseudo  {len(todo):,} of {len(my_ids):,} images" + " of rank 0" * (world > 1)
-              + " were still to do, "
+        whose = " of rank 0" if world > 1 else ""
+        print(f"make_pseudo  {len(todo):,} of {len(my_ids):,} images{whose} done now, "
               f"{time.time() - began:.0f} s, CRF: {crf['backend'] if crf else 'none'}, masks in "
               f"{' and '.join(map(str, outputs))}", flush=True)
         rows = ("BPM, CPF-CTE w/o CRF in Table 1", "CRF, CPF-CTE in Table 1")

@@ -31,7 +31,8 @@ class RowsAndColumns(nn.Module):
     def __init__(self, D, dropout):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        self.lstms = nn.ModuleList(bilstm(D, D // 4) for _ in range(2))  # f and b of both: 4 D/4
+        # two LSTMs, rows and columns, of two directions each: 4 times D/4 numbers
+        self.lstms = nn.ModuleList(bilstm(D, D // 4) for _ in range(2))
         self.proj = nn.Linear(D, D)  # W_o, b_o
 
     def forward(self, tokens, class_tokens=None):                            # (B, h, w, D)
@@ -111,7 +112,7 @@ def scan(lstm, lines, class_tokens=None):
 
 
 def initialise(module):
-    """Start linear maps and LSTMs of the head as Keras does, which ViT-PCM is written in.
+    """Initialise the head's linear maps and LSTMs as Keras, ViT-PCM's framework, does.
 
     torch's own start makes the first outputs of LSTM and classifier several times smaller, and a
     model trained from scratch then predicts nothing but class frequencies for many epochs.
@@ -148,11 +149,11 @@ class CPFCTE(FrozenBatchNorm):
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(D, C, bias=False)  # W_c
         self.initialise_head(pretrained or weights)
-        self.blocks_left = 0  # the last blocks, which tokens kept by --tokens have not been through
+        self.blocks_left = 0  # number of last blocks that kept tokens (--tokens) still have to pass
 
     def initialise_head(self, pretrained):
-        """Keras's initialisation; Eq. (2) begins as if there were no class tokens; W_c at zero
-        beside a pretrained backbone, so that images decide and not chance (docs/PHOTOGRAPHS.md).
+        """Initialise as Keras does; Eq. (2) starts by ignoring the class tokens. With a pretrained
+        backbone W_c starts at zero, so that no random start decides (docs/PHOTOGRAPHS.md).
         """
         for name, module in self.named_children():
             if name != "backbone":
@@ -176,7 +177,7 @@ class CPFCTE(FrozenBatchNorm):
     def patch_tokens(self, images):
         """Eq. (1): P = ViT(x), the normed patch tokens (B, h, w, D); its own [CLS] is dropped."""
         vit = self.backbone
-        if images.ndim == 3:  # kept by --tokens, of square images: what is left of the ViT
+        if images.ndim == 3:  # kept tokens of square images: run the blocks that are left
             tokens = images
             if self.blocks_left:
                 tokens = vit.norm(vit.blocks[-self.blocks_left:](images))
@@ -208,7 +209,7 @@ class CPFCTE(FrozenBatchNorm):
         appended = self.class_tokens if self.config.class_tokens == "append" else None
         return self.context(tokens, appended)
 
-    def train_last(self, blocks):
+    def set_trainable_blocks(self, blocks):
         """Let the head, the last `blocks` transformer blocks and the final norm learn.
 
         0 freezes the backbone; more than it has trains all of it, embeddings included.
@@ -231,7 +232,7 @@ def pool_patches(patch_probs, pool="topk", top_k=6):
 
 
 def border_and_centre(h, w):
-    """Two (h, w) bool: the outer eighth of each side; what is three sixteenths away from each."""
+    """Two bool masks (h, w): border, the outer eighth; centre, 3/16 or more from every side."""
     rows, columns = ((torch.arange(side) + 0.5) / side for side in (h, w))
     depth = torch.minimum(torch.minimum(rows, 1 - rows)[:, None],
                           torch.minimum(columns, 1 - columns))
@@ -291,9 +292,10 @@ class DeepLabv2(FrozenBatchNorm):
     def forward(self, images):
         """(B, 3, H, W) in [0, 1] -> the logits of each scale, then their maximum."""
         one_pixel = 1.001 / min(images.shape[-2:])  # no side gets shorter than that
-        pyramid = [self.logits(images if scale == 1 else F.interpolate(
-            images, scale_factor=max(scale, one_pixel), mode="bilinear", align_corners=False))
+        scaled = [images if scale == 1 else F.interpolate(
+            images, scale_factor=max(scale, one_pixel), mode="bilinear", align_corners=False)
             for scale in self.config.scales]
+        pyramid = [self.logits(each) for each in scaled]
         size = pyramid[0].shape[-2:]
         resized = [F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
                    for logits in pyramid]

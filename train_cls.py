@@ -26,7 +26,7 @@ from support.tokens import add_tokens_flag, keep_tokens, learning_blocks
 def parse_args(argv=None):
     """The flags of stage 1."""
     flags = common_flags(__doc__, trains=True)
-    add = flags.add  # of voc; a preset that departs from it is named; photo follows voc_small
+    add = flags.add  # the default is voc's; toy=, photo= override it; photo inherits voc_small's
     add("--train-split", "trainaug", "split to train on; train where DATA has no trainaug")
     add("--val-split", "val", "split whose image labels score each epoch; none: no score")
     add("--size", 384, "resize images to SIZE x SIZE", toy=96, voc_small=224, photo=448, low=1)
@@ -52,7 +52,7 @@ def parse_args(argv=None):
     add("--batch-size", 16, "images of one step, over all ranks together", low=1)
     add("--frozen-epochs", 2, "first epochs, in which the backbone does not learn", toy=0,
         photo=0)
-    add("--train-blocks", 5, "last blocks that learn after that; more than there are: all of it",
+    add("--train-blocks", 5, "last blocks trained after that; above the ViT's depth: all of it",
         toy=5, photo=0)
     add_tokens_flag(add)
     add("--schedule", "two-stage", "two-stage: --lr for the first two epochs, --late-lr after; "
@@ -73,10 +73,10 @@ def parse_args(argv=None):
 
 def parameter_groups(model, module_lr):
     """Adam's groups: backbone and W_c; class tokens and context at module_lr times their rate."""
-    parts = {True: [], False: []}
+    base, modules = [], []
     for name, parameter in model.named_parameters():
-        parts[name.startswith(("backbone.", "classifier."))].append(parameter)
-    return [dict(params=parts[True], factor=1.0), dict(params=parts[False], factor=module_lr)]
+        (base if name.startswith(("backbone.", "classifier.")) else modules).append(parameter)
+    return [dict(params=base, factor=1.0), dict(params=modules, factor=module_lr)]
 
 
 def learning_rate(args, step, steps_per_epoch):
@@ -104,8 +104,7 @@ def validate(model, dataset, args, device):
     """{name: value} of a split, by its image labels alone.
 
     val_map: mAP of the image scores, over the object classes that occur. border_background and
-    centre_background: the share of these patches whose class is background; a note where that
-    says that the sides look exchanged.
+    centre_background: the background share of these patches; a note if they look exchanged.
     """
     model.eval()
     scores, shares = [], []
@@ -115,10 +114,10 @@ def validate(model, dataset, args, device):
             patch_probs = model(as_input(images, device))
         scores.append(pool_patches(patch_probs, args.pool, args.top_k))
         background = (patch_probs.argmax(dim=-1) == 0).float()  # (B, h, w)
-        shares += [[image[place].mean().item() for place in border_and_centre(*image.shape)]
-                   for image in background]
+        border, centre = border_and_centre(*background.shape[1:])
+        shares.append(torch.stack([background[:, border].mean(1), background[:, centre].mean(1)]))
     model.train()
-    border, centre = torch.tensor(shares).mean(dim=0).tolist()
+    border, centre = torch.cat(shares, dim=1).mean(dim=1).tolist()
     if border < centre - 0.05:
         print(f"note: less background at the border of the images ({border:.2f}) than in their "
               f"centre ({centre:.2f}): object and background look exchanged. Train again with "
@@ -148,13 +147,13 @@ def main(args):
     optimizer = torch.optim.Adam(parameter_groups(model, args.module_lr), lr=args.lr, fused=True)
     first_epoch = checkpoint["epoch"] if checkpoint else 0
     restore(path, checkpoint, model=model, optimizer=optimizer)
-    for dataset in filter(None, (train, val)) if args.tokens else ():
+    for dataset in [each for each in (train, val) if each and args.tokens]:
         keep_tokens(dataset, model, learning_blocks(args), args, device)
 
     # --- train ---
     for epoch in range(first_epoch, args.epochs):
         if epoch in (first_epoch, args.frozen_epochs):
-            model.train_last(0 if epoch < args.frozen_epochs else args.train_blocks)
+            model.set_trainable_blocks(0 if epoch < args.frozen_epochs else args.train_blocks)
             network = wrap_for_training(model.train(), args, world)
         first, began, total = epoch * steps_per_epoch, time.time(), torch.zeros((), device=device)
         torch.manual_seed(sub_seed(args.seed, epoch * world + rank))  # dropout

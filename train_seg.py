@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from data import Folder, Images, MaskedImages, training_batches
-from evaluate import confusion_matrix, miou, predict, predict_logits, score_masks
+from evaluate import confusion_matrix, miou, predict, predict_log_probs, score_masks
 from model import DeepLabv2, SegmenterConfig
 from support.checkpoints import (check_loss, finite_mean_loss, open_checkpoint, restore,
                                  save_checkpoint)
@@ -35,7 +35,7 @@ def parse_args(argv=None):
     add = flags.add
     add("--train-split", "trainaug", "split to train on; train where DATA has no trainaug")
     add("--val-split", "val", "split that scores the network at every save; none: no score")
-    add("--val-images", 100, "that score is over the first so many images")
+    add("--val-images", 100, "images of the val split to score, from its first")
     add("--masks", None, "folder of the masks to learn (default: RUN/pseudo)", type=Path)
     add("--rescale", [0.5, 1.5], "range of the random rescaling in training", toy=[0.75, 1.25],
         photo=[0.7, 1.2], nargs=2, low=0.01, high=100)
@@ -98,12 +98,12 @@ def multi_scale_loss(outputs, masks, world=1):
 
 
 def open_val(args, folder, ids, rank):
-    """The images that score each save. Their ground truth is read: damage shows now, not then."""
+    """The val images with a true mask. Reading all masks now reveals damaged files."""
     val_ids = [] if args.val_split == "none" else folder.ids(args.val_split)[:args.val_images]
     val = Images(folder, val_ids)
     if rank == 0:
         note_shared(ids, val.ids)
-        score_masks(folder, val.ids, folder.root / "SegmentationClass")
+        score_masks(folder, val.ids, folder.root / "SegmentationClass")  # only reads and checks
     val.ids = [i for i in val_ids if folder.mask_path(i).is_file()]
     return val
 
@@ -115,7 +115,7 @@ def validate(model, val, args, device):
     for index, image_id in enumerate(val.ids):
         image = np.array(val.read(index))
         truth = read_mask(folder.mask_path(image_id), C, image.shape[1::-1])
-        mask = predict(predict_logits(model, image, device, args.amp), image)
+        mask = predict(predict_log_probs(model, image, device, args.amp), image)
         confusion += confusion_matrix(mask, truth, C)
     return miou(confusion)
 

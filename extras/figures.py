@@ -25,18 +25,18 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import make_pseudo  # noqa: E402  the scripts are no package
-from data import Folder, Images  # noqa: E402
-from extras.cpews import train as cpews  # noqa: E402
+import make_pseudo
+from data import Folder, Images
+from extras.cpews import train as cpews
 from support.files import UserError, atomic, read_text
 from support.masks import IGNORE, read_image, read_mask, voc_palette
 from support.processes import launch, map_in_workers
-from evaluate import confusion_matrix, confusion_of, miou, predict, predict_logits  # noqa: E402
-from study import STUDIES, folder_name  # noqa: E402
-from make_pseudo import class_maps, pseudo_masks  # noqa: E402
-from model import upsample  # noqa: E402
-from support.crf import crf_settings, dense_crf  # noqa: E402
-from support.inference import load_model  # noqa: E402
+from evaluate import confusion_matrix, confusion_of, miou, predict, predict_log_probs
+from study import STUDIES, folder_name
+from make_pseudo import class_maps, pseudo_masks
+from model import upsample
+from support.crf import crf_settings, dense_crf
+from support.inference import load_model
 
 # photographs of scikit-image: CC0 or in the public domain, as its documentation says of each
 SHOWN = {"chelsea": "cat", "astronaut": "person", "camera": "person"}
@@ -53,7 +53,7 @@ SEES = [  # the step; what it does with images, with image labels, with true mas
      "val: scores (mIoU)", "seg.pt"),
     ("stage 4, evaluate.py:\nprediction and score", "test: reads", "none", "test: scores (mIoU)",
      "pred/\nresults.json"),
-    ("settings of the paper\nand of the presets", "train, val: reads", "train, val: reads",
+    ("settings of the presets\ntoy and photo", "train, val: reads", "train, val: reads",
      "val: chooses\nby mIoU", "defaults of\n--preset"),
     ("study.py choose: settings\nby image labels, five seeds", "train, val: reads",
      "val: chooses\nby mAP", "test: scores (mIoU)", "the table of\nchoose.py")]
@@ -317,7 +317,7 @@ def draw_shown(args):
         pixels = photo.resize((settings["size"],) * 2, Image.Resampling.BICUBIC)
         Y = classifier(torch.tensor(np.array(pixels)).permute(2, 0, 1)[None] / 255)[0]
         masks = *pseudo_masks(image, *class_maps(Y, y), crf), predict(
-            predict_logits(segmenter, image, CPU, False), image, crf)
+            predict_log_probs(segmenter, image, CPU, False), image, crf)
         rows.append([(f"{name}, label: {label}", image, {})])
         for mask, title in zip(masks, ("BPM (Eq. 10)", "pseudo mask (CRF)", "DeepLabv2 + CRF")):
             found = ", ".join(classes[k] for k in np.unique(mask) if k) or "nothing"

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import bench  # noqa: E402
-from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig, upsample  # noqa: E402
-from support.crf import dense_crf  # noqa: E402
+import bench
+from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig, upsample
+from support.crf import dense_crf
 from support.processes import launch
 
 

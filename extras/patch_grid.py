@@ -20,9 +20,9 @@ from support.files import UserError, progress
 from support.flags import Flags
 from support.masks import IGNORE, read_image, read_mask
 from support.processes import launch, map_in_workers
-from evaluate import confusion_matrix, miou  # noqa: E402
-from make_pseudo import pseudo_masks  # noqa: E402
-from support.crf import add_crf_flags, crf_settings  # noqa: E402
+from evaluate import confusion_matrix, miou
+from make_pseudo import pseudo_masks
+from support.crf import add_crf_flags, crf_settings
 
 KINDS = ("labels", "shares")
 

@@ -15,8 +15,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import Folder  # noqa: E402  no package
-from evaluate import confusion_of, miou  # noqa: E402
+from data import Folder
+from evaluate import confusion_of, miou
 from support.files import UserError
 from support.flags import number
 from support.processes import launch

@@ -77,18 +77,18 @@ def dense_crf(image, probs, *, backend="auto", iterations=10, gaussian_sxy=1, ga
 
 
 @torch.no_grad()
-def mean_field(image, unary, iterations, sxy, compat, bilateral_sxy, bilateral_srgb,
-               bilateral_compat):
+def mean_field(image, unary, iterations, gaussian_sxy, gaussian_compat, bilateral_sxy,
+               bilateral_srgb, bilateral_compat):
     """image (H, W, 3) uint8, unary (C, H, W) float32 = -log p -> Q (C, H, W), all on one device."""
     C, H, W = unary.shape
     colours = image.permute(2, 0, 1).flatten(1).float()
     places = positions(H, W, unary.device)
     bilateral = GaussianFilter(torch.cat([places / bilateral_sxy, colours / bilateral_srgb]))
-    gaussian = spatial_filter(H, W, sxy, unary.device)
+    gaussian = spatial_filter(H, W, gaussian_sxy, unary.device)
     log_p = -unary.flatten(1).T.contiguous()  # (N, C)
     Q = log_p.softmax(dim=1)
     for _ in range(iterations):  # Potts model: a class gains where similar pixels have it
-        messages = compat * gaussian(Q) + bilateral_compat * bilateral(Q)
+        messages = gaussian_compat * gaussian(Q) + bilateral_compat * bilateral(Q)
         Q = (log_p + messages).softmax(dim=1)
     return Q.T.reshape(C, H, W)
 

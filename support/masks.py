@@ -84,7 +84,7 @@ def save_mask(path, mask):
 
 # --- folders of masks ------------------------------------------------------------------------
 def read_settings(folder):
-    """How the masks in a folder were made, as claimed() noted it; {} if it did not."""
+    """How the masks in a folder were made, as claim_folders() noted it; {} if it did not."""
     note = folder / "settings.json"
     try:
         return dict(json.loads(read_text(note))) if note.is_file() else {}
@@ -120,7 +120,7 @@ def unfinished(ids, outputs, workers=0,
     return [i for i, whole in zip(ids, map_in_workers(is_whole, paths, workers)) if not whole]
 
 
-def claimed(results, outputs, overwrite):
+def claim_folders(results, outputs, overwrite):
     """The same results; once the first exists, each folder of outputs notes its settings.
 
     With overwrite the masks there are deleted then, not before a mistake in the flags can show.

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # CUDA_VISIBLE_DEVICES=0 make test: on a GPU
-import torch  # noqa: E402
+import torch
 from support.files import HELD
-from PIL import Image  # noqa: E402
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]

@@ -258,7 +258,7 @@ def test_stage_2_goes_on_where_a_mistake_ended_it(place, capsys):
     before = masks("run/pseudo")
     victim.write_bytes(whole)
     call("pseudo")
-    assert "3 of 8 images were still to do" in capsys.readouterr().out
+    assert "3 of 8 images done now" in capsys.readouterr().out
     assert len(before) == 5 and before.items() <= masks("run/pseudo").items()
 
 

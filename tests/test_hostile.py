@@ -524,7 +524,7 @@ def test_what_a_killed_save_left_disappears_with_the_next_run(place, line, lefto
 
 STOPS = {"cls --overwrite": "data.batches", "seg --overwrite": "data.batches",
          "pseudo --overwrite": "make_pseudo.class_maps",
-         "eval --crf torch": "evaluate.predict_logits"}  # where each stage is in its work
+         "eval --crf torch": "evaluate.predict_log_probs"}  # where each stage is in its work
 
 
 def raiser(error):
@@ -579,7 +579,7 @@ import multiprocessing, os, signal, time, numpy
 from support import processes
 start = processes.ignore_interrupts
 processes.ignore_interrupts = lambda worker: (time.sleep({late}), start(worker))
-results = processes.map_in_workers(numpy.zeros, [(10**5,)] * 99, 2)  # arrays fill the pipe nobody reads
+results = processes.map_in_workers(numpy.zeros, [(10**5,)] * 99, 2)  # they fill the pipe
 {late} or next(results)
 print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)"""
@@ -899,7 +899,7 @@ def test_the_stages_go_on_where_the_data_moved(place, capsys):
     os.remove(PSEUDO)
     os.rename("data", "moved")
     call("pseudo --data moved")
-    assert "1 of 8 images were still to do" in capsys.readouterr().out
+    assert "1 of 8 images done now" in capsys.readouterr().out
     assert Path(PSEUDO).read_bytes() == before
     call("seg --data moved --resume")
 

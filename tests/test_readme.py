@@ -81,8 +81,8 @@ def test_plain_commands_stand_beside_every_target():
 
 
 def test_flags_that_the_text_names_exist():
-    code = "".join(path.read_text() for folder in ("", "support", "datasets", "extras", "extras/cpews")
-                   for path in (ROOT / folder).glob("*.py"))
+    folders = "", "support", "datasets", "extras", "extras/cpews"
+    code = "".join(path.read_text() for folder in folders for path in (ROOT / folder).glob("*.py"))
     known = set(re.findall(r'"(--[a-z][\w-]*)"', code)) | {"--help"}
     for page, text in PAGES.items():
         prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)

@@ -77,12 +77,12 @@ def test_logits_are_those_of_the_networks_maximum_in_evaluation_mode():
             return [images[:, :2], images[:, 1:]]
 
     image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
-    logits = evaluate.predict_logits(Network().train(), image, torch.device("cpu"), False)
+    logits = evaluate.predict_log_probs(Network().train(), image, torch.device("cpu"), False)
     odds = np.exp(image[..., 1:].transpose(2, 0, 1) / 255)
     np.testing.assert_allclose(logits.exp(), odds / odds.sum(0), rtol=1e-5)
     Network.forward = lambda self, images: [images / 0]
     with pytest.raises(UserError, match="not finite"):
-        evaluate.predict_logits(Network(), image, torch.device("cpu"), False)
+        evaluate.predict_log_probs(Network(), image, torch.device("cpu"), False)
 
 
 def test_crf_over_the_classes_that_are_best_somewhere_is_that_over_all():

@@ -1,4 +1,4 @@
-"""--tokens: a folder of what the frozen part of the backbone makes of each image, shared by runs."""
+"""--tokens: a folder of what a frozen backbone makes of each image, shared by runs."""
 import shutil
 from pathlib import Path
 

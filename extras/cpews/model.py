@@ -87,8 +87,8 @@ class CPEWS(FrozenBatchNorm):
 
     def maps(self, features, aux):
         """The raw maps M = W F and M' = W' A, (B, O, h, w) each."""
-        heads = self.classifier.weight, self.aux_classifier.weight
-        return [torch.einsum("od,bdhw->bohw", *pair) for pair in zip(heads, (features, aux))]
+        pairs = (self.classifier, features), (self.aux_classifier, aux)
+        return [torch.einsum("od,bdhw->bohw", head.weight, layer) for head, layer in pairs]
 
     def encodings(self, images, scales):
         """{scale: encode of images, sides rounded to patches, and of the same flipped (2B)}."""

@@ -21,20 +21,20 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from data import Folder, Images, MaskedImages, loader, training_batches  # noqa: E402  no package
-from evaluate import confusion_matrix, export, miou, predict, score_masks  # noqa: E402
-from extras.cpews.model import (CPEWS, CPEWSConfig, false_scores, ism_loss,  # noqa: E402
+from data import Folder, Images, MaskedImages, loader, training_batches
+from evaluate import confusion_matrix, export, miou, predict, score_masks
+from extras.cpews.model import (CPEWS, CPEWSConfig, false_scores, ism_loss,
                                 make_pools, pdl_loss, pixel_labels, prototype_distances,
                                 region_features, seg_loss, ssl_loss, superclasses, token_labels)
 from support.checkpoints import (MAY_CHANGE_ON_RESUME, check_finite, check_loss, finite_mean_loss,
                                  open_checkpoint, restore, save_checkpoint)
 from support.files import UserError, file_hash, log, logged, progress
 from support.flags import common_flags
-from support.masks import IGNORE, claimed, read_mask, read_settings, save_mask, unfinished
+from support.masks import IGNORE, claim_folders, read_mask, read_settings, save_mask, unfinished
 from support.processes import join_processes, launch, map_in_workers, place, wrap_for_training
 from support.scores import boundary_iou, mean_average_precision
-from support.crf import add_crf_flags, crf_settings  # noqa: E402
-from support.inference import load_model  # noqa: E402
+from support.crf import add_crf_flags, crf_settings
+from support.inference import load_model
 
 WEIGHT_DECAY, POLY_POWER = 0.01, 0.9
 MASK_FLAGS = "cam_scales cam_threshold cam_high cam_low par_dilations scales".split()
@@ -49,7 +49,7 @@ def parse_args(argv=None):
         "do not score")
     add("--train-split", "trainaug", "split to train on; train where DATA has no trainaug")
     add("--val-split", "val", "split that scores the network at every save; none: no score")
-    add("--val-images", 100, "that score is over the first so many images")
+    add("--val-images", 100, "images of the val split to score, from its first")
     add("--backbone", "vit_base_patch16_224.orig_in21k_ft_in1k", "any plain ViT of timm (or "
         "vit_toy), E1", toy="vit_toy", photo="vit_lite0")
     add("--crop", 448, "S, side of the random crop in pixels", toy=96, photo=320, low=1)
@@ -350,7 +350,7 @@ def write_masks(args, device):
     constants = constants and constants | dict(gaussian_compat=1)
     folder = Folder(args.data, checkpoint)
     ids = folder.ids(args.predict)
-    unlabelled = [i for i in ids if folder.names(i) is None]
+    unlabelled = [i for i in ids if folder.label_numbers(i) is None]
     if unlabelled:
         print(f"{folder.root}/image_labels.txt has no line for {unlabelled[0]} and "
               f"{len(unlabelled) - 1:,} more: RUN/cam and RUN/pseudo, which need one, are left out")
@@ -370,7 +370,7 @@ def write_masks(args, device):
     # --- masks and their scores ---
     jobs = run_network(model.to(device), folder, todo, args, device, constants, not unlabelled)
     results = map_in_workers(image_masks, jobs, 0 if device.type == "cuda" else args.workers)
-    results = progress(claimed(results, changed, args.overwrite), args.predict, len(todo))
+    results = progress(claim_folders(results, changed, args.overwrite), args.predict, len(todo))
     for masks, image_id in zip(results, todo):
         for out in outputs:
             save_mask(out / f"{image_id}.png", masks[out.name])
