@@ -26,10 +26,10 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data, evaluate, make_pseudo, model, train_cls, train_seg
 from datasets import write_folder
+from support import crf
 from support.files import UserError, read_text, write_lines
 from support.masks import save_mask, voc_palette
 from support.processes import join_processes, launch
-from support import crf
 
 SIZES = {False: dict(vit="vit_base_patch16_384", sides=(384, 640, 960, 1280), C=21,
                      cnn="resnet101", crop=321, photo=(500, 375), preset="voc"),

@@ -27,16 +27,16 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import make_pseudo
 from data import Folder, Images
-from extras.cpews import train as cpews
-from support.files import UserError, atomic, read_text
-from support.masks import IGNORE, read_image, read_mask, voc_palette
-from support.processes import launch, map_in_workers
 from evaluate import confusion_matrix, confusion_of, miou, predict, predict_log_probs
-from study import STUDIES, folder_name
+from extras.cpews import train as cpews
 from make_pseudo import class_maps, pseudo_masks
 from model import upsample
+from study import STUDIES, folder_name
 from support.crf import crf_settings, dense_crf
+from support.files import UserError, atomic, read_text
 from support.inference import load_model
+from support.masks import IGNORE, read_image, read_mask, voc_palette
+from support.processes import launch, map_in_workers
 
 # photographs of scikit-image: CC0 or in the public domain, as its documentation says of each
 SHOWN = {"chelsea": "cat", "astronaut": "person", "camera": "person"}

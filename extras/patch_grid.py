@@ -16,13 +16,13 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Folder
+from evaluate import confusion_matrix, miou
+from make_pseudo import pseudo_masks
+from support.crf import add_crf_flags, crf_settings
 from support.files import UserError, progress
 from support.flags import Flags
 from support.masks import IGNORE, read_image, read_mask
 from support.processes import launch, map_in_workers
-from evaluate import confusion_matrix, miou
-from make_pseudo import pseudo_masks
-from support.crf import add_crf_flags, crf_settings
 
 KINDS = ("labels", "shares")
 

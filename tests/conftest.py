@@ -14,8 +14,8 @@ import pytest
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # CUDA_VISIBLE_DEVICES=0 make test: on a GPU
 import torch
-from support.files import HELD
 from PIL import Image
+from support.files import HELD
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "extras")]

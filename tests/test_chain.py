@@ -20,8 +20,8 @@ import train_seg
 from conftest import ROOT, call, command, in_process, needs_compiler, refusal
 from datasets import coco as coco_maker
 from datasets.beetles import TOY_CLASSES
-from support.masks import read_mask
 from support import backbones
+from support.masks import read_mask
 from support.pictures import PICTURE
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--")

@@ -16,10 +16,10 @@ import train_seg
 from conftest import in_process
 from data import Folder
 from datasets import beetles, coco as coco_maker, voc as voc_maker
-from support.files import UserError, write_lines
-from support.masks import read_image, read_mask
 from extras.cpews import model as cpews_model, par, train as cpews
 from extras.cpews.model import CPEWS, CPEWSConfig
+from support.files import UserError, write_lines
+from support.masks import read_image, read_mask
 
 VOC_DILATIONS = (1, 2, 4, 8, 12, 24)
 SHORT = ("--warm-up 3 --iterations 6 --ism-from 1 --seg-from 2 --crop 48 --batch-size 4 "

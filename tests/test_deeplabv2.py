@@ -9,8 +9,8 @@ from torch import nn
 import data
 import train_seg
 from data import Folder
-from support.masks import save_mask
 from model import DeepLabv2, SegmenterConfig
+from support.masks import save_mask
 
 C = 5
 

@@ -10,9 +10,9 @@ from torchmetrics.functional.classification import binary_average_precision
 import train_cls
 from conftest import call, classifier
 from data import Folder, LabelledImages
-from support.scores import mean_average_precision
 from model import (CPFCTE, ClassifierConfig, border_and_centre, classification_loss,
                    pool_by_place, pool_patches)
+from support.scores import mean_average_precision
 
 B, C, h, w = 2, 5, 3, 4
 

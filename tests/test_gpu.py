@@ -8,8 +8,8 @@ import torch
 import bench
 import data
 import gpu
-from support.masks import read_image, read_mask
 from support import files
+from support.masks import read_image, read_mask
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="make gpu runs the parts there")
 

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from datasets import make
 import data
 from conftest import contents
 from data import Folder
+from datasets import make
 from datasets import beetles, coco as coco_maker, voc as voc_maker
 from support.files import UserError
 from support.masks import read_image, read_mask, save_mask

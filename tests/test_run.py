@@ -14,9 +14,9 @@ import make_pseudo
 import train_cls
 import train_seg
 from conftest import classifier
-from support.inference import load_model
 from support.checkpoints import finite_mean_loss, save_checkpoint
 from support.files import UserError, log
+from support.inference import load_model
 from support.processes import map_in_workers, launch
 
 STAGES = [train_cls, make_pseudo, train_seg, evaluate]

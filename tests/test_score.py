@@ -9,11 +9,11 @@ from torchmetrics.functional.classification import multiclass_jaccard_index
 import evaluate
 from conftest import BACKENDS
 from data import Folder
+from datasets.beetles import part_recall
 from model import upsample
 from support.crf import dense_crf
-from support.inference import slide
-from datasets.beetles import part_recall
 from support.files import UserError, write_lines
+from support.inference import slide
 from support.masks import save_mask
 
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from conftest import call, classifier
-from support.masks import read_mask
 from model import CPFCTE, ClassifierConfig
 from support import tokens as kept_tokens
+from support.masks import read_mask
 
 SHORT = "cls --epochs 2 --augment --no-amp --train-blocks"
 KEEP = f"{SHORT} 0 --tokens tokens --run"

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from extras.cpews.par import refine
 from support.backbones import FrozenBatchNorm, Normalise, create_backbone
 from support.files import UserError, read_text
 from support.masks import IGNORE
-from extras.cpews.par import refine
 
 
 # --- the network -------------------------------------------------------------------------------

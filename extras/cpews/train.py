@@ -28,13 +28,13 @@ from extras.cpews.model import (CPEWS, CPEWSConfig, false_scores, ism_loss,
                                 region_features, seg_loss, ssl_loss, superclasses, token_labels)
 from support.checkpoints import (MAY_CHANGE_ON_RESUME, check_finite, check_loss, finite_mean_loss,
                                  open_checkpoint, restore, save_checkpoint)
+from support.crf import add_crf_flags, crf_settings
 from support.files import UserError, file_hash, log, logged, progress
 from support.flags import common_flags
+from support.inference import load_model
 from support.masks import IGNORE, claim_folders, read_mask, read_settings, save_mask, unfinished
 from support.processes import join_processes, launch, map_in_workers, place, wrap_for_training
 from support.scores import boundary_iou, mean_average_precision
-from support.crf import add_crf_flags, crf_settings
-from support.inference import load_model
 
 WEIGHT_DECAY, POLY_POWER = 0.01, 0.9
 MASK_FLAGS = "cam_scales cam_threshold cam_high cam_low par_dilations scales".split()
