@@ -30,7 +30,7 @@ from support.inference import load_model, slide
 from support.masks import (IGNORE, claim_folders, decode, mask_in, read_image, read_mask,
                            read_settings, save_mask, unfinished)
 from support.pictures import PICTURE, draw_overlay, draw_stages
-from support.processes import map_in_workers, join_processes, launch
+from support.processes import join_processes, launch, map_in_workers
 from support.scores import boundary_iou, note_truth
 
 MAX_CRF_CLASSES = 21  # the CRF refines at most this many classes of an image

@@ -19,10 +19,10 @@ from evaluate import miou, score_masks
 from model import upsample
 from support.crf import add_crf_flags, crf_settings, dense_crf
 from support.files import UserError, file_hash, log, open_run, progress
-from support.flags import number, common_flags
+from support.flags import common_flags, number
 from support.inference import load_model, slide
 from support.masks import claim_folders, save_mask, unfinished
-from support.processes import map_in_workers, join_processes, launch
+from support.processes import join_processes, launch, map_in_workers
 from support.tokens import add_tokens_flag, keep_tokens, learning_blocks
 
 
@@ -30,7 +30,8 @@ def parse_args(argv=None):
     """The flags of stage 2."""
     flags = common_flags(__doc__)
     add = flags.add
-    add("--split", "trainaug", "split whose images get masks; train where DATA has no trainaug")
+    add("--split", "trainaug", "split whose images get masks; train where DATA has no trainaug",
+        voc_small="train")
     add("--size", None, "the network sees SIZE x SIZE (default: cls.pt's training size times "
         "--size-ratio)", type=number(int, 1, 10**5))
     add("--size-ratio", 2.5, "inference over training size; ViT-PCM: 960 for 384", toy=1.0,

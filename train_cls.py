@@ -27,7 +27,8 @@ def parse_args(argv=None):
     """The flags of stage 1."""
     flags = common_flags(__doc__, trains=True)
     add = flags.add  # the default is voc's; toy=, photo= override it; photo inherits voc_small's
-    add("--train-split", "trainaug", "split to train on; train where DATA has no trainaug")
+    add("--train-split", "trainaug", "split to train on; train where DATA has no trainaug",
+        voc_small="train")
     add("--val-split", "val", "split whose image labels score each epoch; none: no score")
     add("--size", 384, "resize images to SIZE x SIZE", toy=96, voc_small=224, photo=448, low=1)
     add("--augment", ["flip", "jitter"], "vflip and transpose are ViT-PCM's", toy=["flip"],

@@ -33,7 +33,8 @@ def parse_args(argv=None):
     """The flags of stage 3."""
     flags = common_flags(__doc__, trains=True, bf16=("toy", "voc-small"))
     add = flags.add
-    add("--train-split", "trainaug", "split to train on; train where DATA has no trainaug")
+    add("--train-split", "trainaug", "split to train on; train where DATA has no trainaug",
+        voc_small="train")
     add("--val-split", "val", "split that scores the network at every save; none: no score")
     add("--val-images", 100, "images of the val split to score, from its first")
     add("--masks", None, "folder of the masks to learn (default: RUN/pseudo)", type=Path)

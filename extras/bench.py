@@ -79,6 +79,7 @@ def row(args, part, setting, value, unit, note=""):
 def texture(args, seed):
     """A PIL image of three regions, rough here and smooth there, and its mask (H, W) uint8."""
     (W, H), generator = args.photo, torch.Generator().manual_seed(seed)
+
     def _noise(channels, *cells):
         coarse = torch.randn(1, channels, *cells, generator=generator)
         return F.interpolate(coarse, (H, W), mode="bicubic")[0]
@@ -152,6 +153,7 @@ def stages(args):
     """Training as it logs itself, masks, predictions: images/s, and the time of the paper's run."""
     where = ["--data", str(args.root), "--run", str(args.root / "run")]
     trains = ["--overwrite", "--val-split", "none", "--no-pretrained"]
+
     def _speed(name, stage, flags, more=()):
         began = time.time()
         try:

@@ -394,7 +394,6 @@ def draw_crf(args):
     scene.draw((args.out or Path()) / "crf.png", about.format(**settings), columns)
 
 
-# --- who sees which labels ---------------------------------------------------------------------
 @torch.no_grad()
 def draw_cpews(args):
     """CPEWS's Fig. 4 to 7: maps of both layers, and all masks, of evenly spaced images."""
@@ -410,7 +409,7 @@ def draw_cpews(args):
         job, = cpews.run_network(model, folder, [image_id], settings, CPU, None)
         masks, c = cpews.image_masks(*job), int(y.argmax())
         rows.append([(image_id, image, {}),
-                     *((f"{name}, {folder.classes[c + 1]}", both[0, c], MAPS)
+                     *((f"{name}:\n{folder.classes[c + 1]}", both[0, c], MAPS)
                        for name, both in zip(("last layer", f"block {settings.aux_block}"), maps)),
                      *(coloured(f"{name}, ", masks[name], truth, C)
                        for name in ("cam", "pseudo", "pred")), coloured("ground truth", truth)])
@@ -418,6 +417,7 @@ def draw_cpews(args):
            "dark, 1 yellow. cam and pseudo know the image labels, pred does not")
 
 
+# --- who sees which labels ---------------------------------------------------------------------
 def draw_pipeline(args):
     """A table of SEES: a row for each stage and for the two ways in which settings are chosen."""
     heads = "step", "images", "image labels", "pixel masks (truth)", "writes"

@@ -169,7 +169,8 @@ def run_variant(args, train_flags, mask_flags, seed):
     same = 3 if args.full and "DeepLabv2" in saved.get("scores", ()) else 2  # masks know no stage 3
     if saved and saved["settings"][:same] != settings[:same]:
         raise UserError(f"{note} is of other data or flags: choose another --out")
-    if saved and ("DeepLabv2" in saved["scores"] or not args.full):
+    whole = any("boundary IoU" in name for name in saved.get("scores", ()))  # else it is older
+    if whole and ("DeepLabv2" in saved["scores"] or not args.full):
         return saved["scores"]
     run.mkdir(parents=True, exist_ok=True)
     call(args, trained, train, "--seed", seed, "--resume", *flags, *kept)

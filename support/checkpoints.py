@@ -51,10 +51,11 @@ def open_checkpoint(args, kind, end, **inputs):
         if checkpoint.get(name) != value:
             raise UserError(f"{path} was made with other {name}: {way_out}")
     for name, old in checkpoint["args"].items():
-        now = getattr(args, name, None)
+        flag, now = name.replace("_", "-"), getattr(args, name, None)
+        if not hasattr(args, name):
+            raise UserError(f"{path} is of a version that had --{flag}: {way_out}")
         same = old in (now, str(now))  # paths are kept as text
         if not same and name not in MAY_CHANGE_ON_RESUME:
-            flag = name.replace("_", "-")
             raise UserError(f"{path} was made with --{flag} {old}, now it is {now}: {way_out}")
     done = checkpoint["epoch" if kind == "cls" else "step"]
     print(f"{path} is finished: nothing to do" if done >= end else

@@ -29,7 +29,10 @@ class KeptTokens:
         self.paths = paths
 
     def __getitem__(self, image_id):
-        return torch.from_numpy(np.load(self.paths[image_id]))
+        try:
+            return torch.from_numpy(np.load(self.paths[image_id]))
+        except (EOFError, ValueError):  # a power failure can leave half a file
+            raise UserError(f"{self.paths[image_id]} is damaged: delete it")
 
 
 def learning_blocks(args):
@@ -67,7 +70,7 @@ def locked(home):
     if home.is_file():
         raise UserError(f"{home} is a file: --tokens takes a folder")
     home.mkdir(parents=True, exist_ok=True)
-    with open(home / ".lock", "a") as file:
+    with open(home / ".tokens.lock", "a") as file:
         if not flock(file):
             print(f"{home}: another run fills it; waiting", flush=True)
             flock(file, wait=True)

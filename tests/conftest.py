@@ -169,7 +169,7 @@ def place(finished_run, monkeypatch):
 def contents(folder="."):
     """{path: bytes} of every file, but the log, which each stage adds to, and the lock."""
     return {str(path): path.read_bytes() for path in Path(folder).rglob("*")
-            if path.is_file() and path.name not in ("log.jsonl", ".lock")}
+            if path.is_file() and not path.name.endswith(("log.jsonl", ".lock"))}
 
 
 def refusal(line, capsys):

@@ -15,6 +15,7 @@ import train_cls
 import train_seg
 from conftest import in_process
 from data import Folder
+from extras.cpews import train as cpews
 from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig
 from support.checkpoints import save_checkpoint
 from support.files import UserError, write_lines
@@ -212,3 +213,19 @@ def test_the_crf_begins_with_the_bpm_and_ends_with_the_pseudo_mask(toy, trained,
     for mask, folder in ((masks[0], "bpm"), (masks[3], "pseudo")):
         expected = read_mask(home / folder / f"{scene.id}.png", 9)
         assert (mask == voc_palette()[expected]).all(-1).mean() > 0.999
+
+
+def test_the_masks_of_cpews_are_those_that_it_writes(toy, tmp_path, drawn):
+    words = ["--data", toy, "--run", tmp_path, "--workers", "0"]
+    in_process(cpews, *words, "--warm-up", "2", "--iterations", "2", "--batch-size", "4",
+               "--val-split", "none")
+    in_process(cpews, *words, "--predict", "val")
+    figure = drawn("cpews", *words[:4])["maps.png"]
+    columns = [axis.title.get_text() for axis in figure.axes[:7]]
+    assert columns[1].startswith("last layer:") and columns[2].startswith("block 3:")
+    assert [title.split(",")[0] for title in columns[3:]] == ["cam", "pseudo", "pred",
+                                                             "ground truth"]
+    for number, folder in enumerate(("cam", "pseudo", "pred"), start=3):
+        mask = read_mask(tmp_path / folder / f"{columns[0]}.png", 9)
+        assert np.array_equal(figure.axes[number].images[0].get_array(), voc_palette()[mask])
+    assert drawn("run", "--run", tmp_path)["curves.png"].axes[0].get_title() == "cpews: loss"

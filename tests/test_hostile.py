@@ -141,6 +141,7 @@ class Payload:
 
 CODE = {"kind": Payload()}
 
+
 def png(width, height):
     """A PNG whose header promises this size, and no more than that."""
     content = bytearray(Path("photo.png").read_bytes())

@@ -78,7 +78,7 @@ def test_a_preset_is_named_by_the_data_set_or_given_and_flags_win(tmp_path):
 
 @pytest.mark.parametrize("stage, words", [
     (train_cls, "SIZE x SIZE (default 384, toy 96, voc-small 224, photo 448)"),
-    (train_cls, "to train on; train where DATA has no trainaug (default trainaug)"),
+    (train_cls, "DATA has no trainaug (default trainaug, voc-small train, photo train)"),
     (train_cls, "passes over the training images (default 50, toy 6, voc-small 12, photo 1)"),
     (train_cls, "all patches is average pooling (default 6, toy 12, photo 50)"),
     (make_pseudo, "960 for 384 (default 2.5, toy 1.0, photo 1.0)"),

@@ -68,6 +68,19 @@ def test_what_is_there_is_not_computed_again(place, images_seen):
     assert len([*Path("tokens").glob("*.npy")]) == 12
 
 
+def test_a_damaged_file_is_named(place):
+    call(f"{KEEP} first")
+    path = next(Path("tokens").glob("*.npy"))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(SystemExit, match=f"{path} is damaged: delete it"):
+        call(f"{KEEP} first --overwrite")
+
+
+def test_tokens_may_lie_in_the_run_folder(place):
+    call(f"{SHORT} 0 --tokens both --run both")  # each has a lock of its own
+    assert Path("both/cls.pt").is_file() and [*Path("both").glob("*.npy")]
+
+
 def test_an_image_that_changed_is_computed_again(place, images_seen):
     call(f"{KEEP} first")
     Image.new("RGB", (96, 96), "red").save("data/JPEGImages/val_00001.jpg")

@@ -47,7 +47,8 @@ def parse_args(argv=None):
     add("--predict", None, "split whose masks to write and score, instead of training")
     add("--export", False, "with --predict: write RUN/results/, what VOC's test server takes, and "
         "do not score")
-    add("--train-split", "trainaug", "split to train on; train where DATA has no trainaug")
+    add("--train-split", "trainaug", "split to train on; train where DATA has no trainaug",
+        voc_small="train")
     add("--val-split", "val", "split that scores the network at every save; none: no score")
     add("--val-images", 100, "images of the val split to score, from its first")
     add("--backbone", "vit_base_patch16_224.orig_in21k_ft_in1k", "any plain ViT of timm (or "
@@ -102,9 +103,11 @@ def checked(flags, argv):
     args = flags.parse(argv)
     if args.rescale[0] > args.rescale[1]:
         flags.error("--rescale: the smaller number comes first")
-    args.given = {*vars(flags.parser.parse_args(argv))} if args.predict else set()
-    if args.export and not args.predict:
-        flags.error("--export writes predictions: --predict names their split")
+    if not args.predict:
+        if args.export:
+            flags.error("--export writes predictions: --predict names their split")
+        return args
+    args.given = {*vars(flags.parser.parse_args(argv))}
     for name in args.given - {"predict", "export", *MASK_FLAGS, *MAY_CHANGE_ON_RESUME}:
         if not name.startswith("crf"):
             flags.error(f"--{name.replace('_', '-')} is for training: cpews.pt has its own")
@@ -182,7 +185,7 @@ def parameter_groups(model, args):
 
 def rate(step, total, lr_warm_up, first=0):
     """The factor on a learning rate: linear from 1e-6 to 1 after step first, then poly decay."""
-    risen = max(0, step - first) / max(1, lr_warm_up)
+    risen = max(0, step - first) / lr_warm_up if lr_warm_up else 1
     return 1 - (1 - risen) * (1 - 1e-6) if risen < 1 else (1 - step / total) ** POLY_POWER
 
 
@@ -319,9 +322,7 @@ def run_network(model, folder, ids, args, device, constants, labelled=True):
 
 
 def image_masks(masks, logits, image, constants):
-    """{name: mask (H, W) uint8} of one image: of RUN/pred and, with image labels, of RUN/cam,
-    RUN/pseudo, and of the maps of W'.
-    """
+    """{name: mask (H, W) uint8}: pred and, where the image has labels, cam, pseudo, aux (W')."""
     known = {} if masks is None else dict(zip(("cam", "aux", "pseudo"), masks))
     return known | dict(pred=predict(logits, image, constants))
 
@@ -352,18 +353,19 @@ def write_masks(args, device):
     ids = folder.ids(args.predict)
     unlabelled = [i for i in ids if folder.label_numbers(i) is None]
     if unlabelled:
-        print(f"{folder.root}/image_labels.txt has no line for {unlabelled[0]} and "
-              f"{len(unlabelled) - 1:,} more: RUN/cam and RUN/pseudo, which need one, are left out")
+        print(f"note: {folder.root}/image_labels.txt has no line for {len(unlabelled):,} of "
+              f"{len(ids):,} images, as {unlabelled[0]}: RUN/cam and RUN/pseudo are left out")
     check(folder, ids if not unlabelled else (), args)
 
     # --- what is there already ---
     made = dict({name: getattr(args, name) for name in MASK_FLAGS}, seed=args.seed,
-                cpews=file_hash(args.run / "cpews.pt"), data=str(args.data.resolve()),
-                labels=folder.labels_hash(), image_labels_used=True, crf=False)
-    outputs = {} if unlabelled else {args.run / "cam": made, args.run / "pseudo": made}
-    outputs[args.run / "pred"] = made | dict(
+                cpews=file_hash(args.run / "cpews.pt"), data=str(args.data.resolve()))
+    outputs = {args.run / "pred": made | dict(
         image_labels_used=False, crf=constants is not None,
-        constants=constants and constants | dict(backend=None))  # who computes is free
+        constants=constants and constants | dict(backend=None))}  # any backend
+    if not unlabelled:
+        known = made | dict(labels=folder.labels_hash(), image_labels_used=True, crf=False)
+        outputs = {args.run / "cam": known, args.run / "pseudo": known} | outputs
     changed = {out: its for out, its in outputs.items() if read_settings(out) != its}
     todo = ids if args.overwrite else unfinished(ids, outputs, args.workers)
 
