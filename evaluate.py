@@ -122,13 +122,13 @@ def score_masks(folder, ids, directory, workers=0, notes=True):
 def results_of(folder, split, directory, workers):
     """What results.json says of directory's masks on a split."""
     ids = folder.ids(split)
-    confusion, truth = score_masks(folder, ids, directory, workers)
-    if not truth["num_images"]:
+    confusion, about = score_masks(folder, ids, directory, workers)
+    if not about["num_images"]:
         raise UserError(f"no ground truth to score: {folder.root}/SegmentationClass has none of "
                         f"the masks of {split}")
     iou, contours = iou_per_class(confusion), boundary_iou(folder, ids, directory, workers)
     results = dict(
-        split=split, **truth, miou=miou(confusion), iou=by_name(folder, iou),
+        split=split, **about, miou=miou(confusion), iou=by_name(folder, iou),
         boundary_miou=float(np.nanmean(contours)) if confusion.any() else None,
         boundary_iou=by_name(folder, contours),
         pixel_accuracy=float(np.trace(confusion) / confusion.sum()) if confusion.any() else None,

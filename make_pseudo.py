@@ -147,10 +147,10 @@ def main(args):
               f"{' and '.join(map(str, outputs))}", flush=True)
         rows = ("BPM, CPF-CTE w/o CRF in Table 1", "CRF, CPF-CTE in Table 1")
         for out, name in zip(outputs, rows):
-            confusion, truth = score_masks(folder, ids, out, args.workers, name == rows[0])
-            if truth["num_images"]:
+            confusion, about = score_masks(folder, ids, out, args.workers, name == rows[0])
+            if about["num_images"]:
                 log(args.run, "make_pseudo", masks=name, split=args.split, image_labels_used=True,
-                    **truth, miou=miou(confusion))
+                    **about, miou=miou(confusion))
 
 
 if __name__ == "__main__":

@@ -66,6 +66,8 @@ STUDIES = {
         for pool in ("unshared", "all") for weight in (0.001, 0.003, 0.01)],
     "cpews5": [(f"block {a}", "-", "cpews" + f" --aux-block {a}" * (a != 3), "")
                for a in (2, 3, 4)],
+    "cpews-fig3": [(name, "-", "cpews" + f" --backbone {name}" * (name != "ViT-B"), "")
+                   for name in ("ViT-B", "deit_base_patch16_224.fb_in1k")],
     "cpews5-voc": [(f"block {a}", "-", "cpews" + f" --aux-block {a}" * (a != 10), "")
                    for a in (8, 10, 12)],
 }

@@ -379,8 +379,8 @@ def write_masks(args, device):
     if args.export:
         return export(args.run, args.predict, ids, constants)
     for out, settings in outputs.items():
-        confusion, truth = score_masks(folder, ids, out, args.workers)
-        if truth["num_images"]:
+        confusion, about = score_masks(folder, ids, out, args.workers)
+        if about["num_images"]:
             contours = boundary_iou(folder, ids, out, args.workers)
             log(args.run, "cpews", masks=out.name, split=args.predict, **truth,
                 miou=miou(confusion), boundary_miou=float(np.nanmean(contours)),
