@@ -14,7 +14,6 @@ Writes: ROOT/JPEGImages/ID.jpg                    the images, RGB
 Any folder like that is a data set; only preset.txt and Parts/ tell the stages which one it is.
 """
 import hashlib
-import re
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +27,7 @@ from torchvision.tv_tensors import Mask
 
 from support.files import UserError, first_file, progress, read_text
 from support.masks import IGNORE, mask_in, read_image, read_mask
+from support.names import ENDINGS, check_classes, line_id, without_ending
 from support.processes import ignore_interrupts, launch
 
 AUGMENT = {  # of stage 1; the paper names none, the jitter's strength is ours
@@ -37,42 +37,6 @@ AUGMENT = {  # of stage 1; the paper names none, the jitter's strength is ours
 
 
 # --- the folder --------------------------------------------------------------------------------
-ENDINGS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")  # of images
-
-
-def line_id(line, where):
-    """The name that a line of a split gives: ID, or as the field's lists have it ID.jpg, or
-    /JPEGImages/ID.jpg /SegmentationClassAug/ID.png.
-    """
-    words = [re.sub(r"^(.*/)?(JPEGImages|SegmentationClass\w*)/", "", word)
-             for word in line.split()]
-    if len({without_ending(word) for word in words}) > 1:
-        if words[-1] in ("1", "0", "-1"):
-            raise UserError(f"{where}: {line!r} has a blank. A list of ImageSets/Main, which says "
-                            "where one class shows? Take those of ImageSets/Segmentation. A name "
-                            "with a blank? Rename the file")
-        raise UserError(f"{where}: {line!r} has a blank: a line is one ID, and no ID has blanks")
-    if Path(words[0]).name != words[0] or "\\" in words[0] or words[0].startswith("."):
-        raise UserError(f"{where}: {words[0]!r} is no name of a file")
-    return words[0]
-
-
-def without_ending(name):
-    """ID.jpg -> ID."""
-    return next((name.removesuffix(end) for end in ENDINGS if name.endswith(end)), name)
-
-
-def check_classes(classes, where):
-    """Refuse names with spaces, a name twice, no background, or more than a mask can hold."""
-    for name in classes:
-        if len(name.split()) != 1 or classes.count(name) > 1:
-            raise UserError(f"{where}: {name!r} has a space, or is there twice")
-    if classes[0] != "background":
-        raise UserError(f"{where} begins with {classes[0]!r}: class 0 is 'background'")
-    if len(classes) > IGNORE:
-        raise UserError(f"{where} has {len(classes)} classes: a mask can hold {IGNORE}")
-
-
 class Folder:
     """A data set folder: its class names, splits, image labels, images and masks."""
 

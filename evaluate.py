@@ -11,9 +11,7 @@ Writes: RUN/pred/ID.png, RUN/results.json, RUN/figure.png; with --masks results.
 Result: mIoU 58.6 (sd 1.0, 5 seeds) on test of the beetles, without CRF, from stages 1 to 3
 """
 import json
-import shutil
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +19,19 @@ import torch
 
 from data import Folder, Images, loader
 from datasets.beetles import part_recall
-from model import DeepLabv2, upsample
+from model import upsample
 from support.checkpoints import check_finite
 from support.crf import add_crf_flags, crf_settings, dense_crf
-from support.files import UserError, atomic, file_hash, git_commit, open_run, progress, write_lines
+from support.files import UserError, file_hash, git_commit, open_run, progress, write_lines
 from support.flags import common_flags
 from support.inference import load_model, slide
-from support.masks import (IGNORE, claim_folders, decode, mask_in, read_image, read_mask,
+from support.masks import (IGNORE, claim_folders, export, mask_in, read_image, read_mask,
                            read_settings, save_mask, unfinished)
-from support.pictures import PICTURE, draw_overlay, draw_stages
+from support.pictures import draw_stages, segment_photo
 from support.processes import join_processes, launch, map_in_workers
 from support.scores import boundary_iou, note_truth
 
 MAX_CRF_CLASSES = 21  # the CRF refines at most this many classes of an image
-EXPORT = "results/VOC2012/Segmentation/comp6_test_cls"  # where VOC's server looks for ID.png
 
 
 def parse_args(argv=None):
@@ -240,31 +237,7 @@ def predict_split(args, model, checkpoint, device, crf):
     return folder, about
 
 
-def export(run, split, ids, crf):
-    """Copy RUN/pred to the layout that VOC's test server takes."""
-    for path in (run / EXPORT).glob("*.png"):
-        path.unlink()  # of another split
-    for image_id in ids:
-        with atomic(run / EXPORT / f"{image_id}.png") as temporary:
-            shutil.copyfile(run / "pred" / f"{image_id}.png", temporary)
-    print(f"written: {len(ids):,} masks of {split}, CRF: {'yes' if crf else 'no'}; upload the "
-          f"archive of `tar czf results.tgz -C {run} results`")
-
-
 # --- the stage ---------------------------------------------------------------------------------
-def segment_photo(args, segment, classes):
-    """Write the mask of --image, and an overlay of both."""
-    path = args.out.with_name(f"{args.out.stem}_overlay.png")
-    if path.exists() and decode(path).info.get("Title") != PICTURE:
-        raise UserError(f"{path} is in the way, and not ours to replace: choose another --out")
-    image = np.array(read_image(args.image))
-    mask = segment(image, bar=partial(progress, desc="windows"))
-    save_mask(args.out, mask)
-    names = {k: classes[k] for k in np.unique(mask).tolist()}
-    draw_overlay(path, image, mask, names, [args.image.name, DeepLabv2.__name__])
-    print(f"{args.out} and {path}: {', '.join(names.values())}")
-
-
 def score_folder(args):
     """Score --masks; results.json is written only beside masks of stage 2 or 4."""
     made = read_settings(args.masks)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.backbones import FrozenBatchNorm, Normalise, create_backbone, patch_grid
+from support.backbones import (FrozenBatchNorm, Normalise, create_backbone, initialise,
+                               patch_grid)
 
 
 # --- CPF-CTE -----------------------------------------------------------------------------------
@@ -109,25 +110,6 @@ def scan(lstm, lines, class_tokens=None):
     with torch.autocast(sequence.device.type, enabled=False):  # cuDNN's LSTM would be float16
         hidden, _ = lstm(sequence.float())                     # Eq. (3) to (5)
     return hidden[:, -steps:].reshape(B, number, steps, -1)
-
-
-def initialise(module):
-    """Initialise the head's linear maps and LSTMs as Keras, ViT-PCM's framework, does.
-
-    torch's own start makes the first outputs of LSTM and classifier several times smaller, and a
-    model trained from scratch then predicts nothing but class frequencies for many epochs.
-    """
-    for name, parameter in module.named_parameters(recurse=False):
-        if name.startswith("weight_hh"):
-            nn.init.orthogonal_(parameter)
-        elif isinstance(module, nn.Conv2d) and name == "weight":
-            nn.init.dirac_(parameter, module.groups)  # each patch as it is
-        elif name.startswith("weight"):
-            nn.init.xavier_uniform_(parameter)
-        elif name.startswith("bias"):
-            nn.init.zeros_(parameter)
-        if name.startswith("bias_ih"):  # order of the gates: input, forget, cell, output
-            nn.init.ones_(parameter[module.hidden_size:2 * module.hidden_size])
 
 
 class CPFCTE(FrozenBatchNorm):

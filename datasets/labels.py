@@ -10,10 +10,11 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from data import ENDINGS, Folder, check_classes, without_ending
+from data import Folder
 from datasets.voc import object_names
 from support.files import UserError, progress, read_text, write_lines
 from support.masks import IGNORE, read_mask
+from support.names import ENDINGS, check_classes, without_ending
 
 SOURCES = {"Annotations": ".xml", "annotations": ".json", "SegmentationClass": ".png"}
 

@@ -1,9 +1,9 @@
 """VOC 2012 and SBD as a data set folder: `python data.py voc` calls make_voc."""
 import xml.etree.ElementTree as ElementTree
 
-from data import line_id, without_ending
 from datasets import write_folder
 from support.files import UserError, first_file, progress, read_text, write_lines
+from support.names import line_id, without_ending
 
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
                "dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()

@@ -170,6 +170,25 @@ class FrozenBatchNorm(nn.Module):
         return self
 
 
+def initialise(module):
+    """Initialise the head's linear maps and LSTMs as Keras, ViT-PCM's framework, does.
+
+    torch's own start makes the first outputs of LSTM and classifier several times smaller, and a
+    model trained from scratch then predicts nothing but class frequencies for many epochs.
+    """
+    for name, parameter in module.named_parameters(recurse=False):
+        if name.startswith("weight_hh"):
+            nn.init.orthogonal_(parameter)
+        elif isinstance(module, nn.Conv2d) and name == "weight":
+            nn.init.dirac_(parameter, module.groups)  # each patch as it is
+        elif name.startswith("weight"):
+            nn.init.xavier_uniform_(parameter)
+        elif name.startswith("bias"):
+            nn.init.zeros_(parameter)
+        if name.startswith("bias_ih"):  # order of the gates: input, forget, cell, output
+            nn.init.ones_(parameter[module.hidden_size:2 * module.hidden_size])
+
+
 def patch_grid(vit, height, width):
     """(h, w) of the patches of an image of that many pixels."""
     patch = vit.patch_embed.feat_ratio(False)

@@ -1,5 +1,6 @@
 """Images and masks as files, and folders of masks that a killed run goes on with."""
 import json
+import shutil
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -134,3 +135,17 @@ def claim_folders(results, outputs, overwrite):
     if dist.is_initialized():
         dist.barrier()
     yield from chain([] if first is None else [first], results)
+
+
+EXPORT = "results/VOC2012/Segmentation/comp6_test_cls"  # where VOC's server looks for ID.png
+
+
+def export(run, split, ids, crf):
+    """Copy RUN/pred to the layout that VOC's test server takes."""
+    for path in (run / EXPORT).glob("*.png"):
+        path.unlink()  # of another split
+    for image_id in ids:
+        with atomic(run / EXPORT / f"{image_id}.png") as temporary:
+            shutil.copyfile(run / "pred" / f"{image_id}.png", temporary)
+    print(f"written: {len(ids):,} masks of {split}, CRF: {'yes' if crf else 'no'}; upload the "
+          f"archive of `tar czf results.tgz -C {run} results`")

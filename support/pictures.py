@@ -1,13 +1,14 @@
 """Pictures of masks: rows of them beside their images, and the overlay on a photo."""
 import textwrap
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch.nn.functional import max_pool2d
 
-from support.files import atomic
-from support.masks import IGNORE, read_image, read_mask, voc_palette
+from support.files import UserError, atomic, progress
+from support.masks import IGNORE, decode, read_image, read_mask, save_mask, voc_palette
 
 PICTURE = "drawn by evaluate.py"  # noted in the file
 GAP, LINE = 8, 20  # pixels between pictures, of a line of text
@@ -95,3 +96,16 @@ def draw_stages(run, folder, segment, title):
          "Images that have pseudo masks, evenly spaced, not chosen. BPM and pseudo masks know the "
          "image labels; DeepLabv2 does not.")
     print(f"written: {run}/figure.png")
+
+
+def segment_photo(args, segment, classes):
+    """Write the mask of --image, and an overlay of both."""
+    path = args.out.with_name(f"{args.out.stem}_overlay.png")
+    if path.exists() and decode(path).info.get("Title") != PICTURE:
+        raise UserError(f"{path} is in the way, and not ours to replace: choose another --out")
+    image = np.array(read_image(args.image))
+    mask = segment(image, bar=partial(progress, desc="windows"))
+    save_mask(args.out, mask)
+    names = {k: classes[k] for k in np.unique(mask).tolist()}
+    draw_overlay(path, image, mask, names, [args.image.name, "DeepLabv2"])
+    print(f"{args.out} and {path}: {', '.join(names.values())}")

@@ -19,7 +19,7 @@ from datasets import beetles, coco as coco_maker, voc as voc_maker
 from extras.cpews import model as cpews_model, par, train as cpews
 from extras.cpews.model import CPEWS, CPEWSConfig
 from support.files import UserError, write_lines
-from support.masks import read_image, read_mask
+from support.masks import EXPORT, read_image, read_mask
 
 VOC_DILATIONS = (1, 2, 4, 8, 12, 24)
 SHORT = ("--warm-up 3 --iterations 6 --ism-from 1 --seg-from 2 --crop 48 --batch-size 4 "
@@ -270,6 +270,16 @@ def test_negatives_with_a_relative_are_not_in_u():
     made = cpews_model.make_pools(regions_of(*images), [0, 0, 1], 10, 0)
     assert made["N"][0][:, 0].tolist() == [0, 1, 2] and made["U"][0][:, 0].tolist() == [1]
     assert made["N"][2][:, 0].tolist() == [0, 3] and made["U"][2].shape == (0, 2)
+
+
+@pytest.mark.parametrize("weight, told", [(1.5e-4, True), (0.0, False)])
+def test_an_empty_u_is_told(monkeypatch, tmp_path, capsys, weight, told):
+    some, none = [torch.ones(1, 2)], [torch.ones(0, 2)]
+    monkeypatch.setattr(cpews, "make_pools", lambda *_: dict(P=some, N=some, U=none))
+    args = SimpleNamespace(run=tmp_path, ssl_pool="filtered", ssl_weight=weight, prototypes=10,
+                           seed=0)
+    cpews.new_pools(torch.nn.Identity(), None, [], [0], args, CPU)
+    assert ("SSL does nothing" in capsys.readouterr().out) == told
 
 
 def test_u_looks_further_where_it_is_told_to():
@@ -679,7 +689,7 @@ def test_a_split_without_image_labels_gets_predictions_and_an_archive(
     edit(data / "image_labels.txt", lambda text: re.sub(r"val_.*\n", "", text))
     in_process(cpews, "--data", data, "--run", home, "--workers", "0", "--predict", "val",
                "--export")
-    archive = home / evaluate.EXPORT
+    archive = home / EXPORT
     assert sorted(path.stem for path in archive.glob("*.png")) == sorted(ids)
     assert not [*home.glob("cam/*.png"), *home.glob("pseudo/*.png")]
     told = capsys.readouterr().out

@@ -22,7 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import Folder, Images, MaskedImages, loader, training_batches
-from evaluate import confusion_matrix, export, miou, predict, score_masks
+from evaluate import confusion_matrix, miou, predict, score_masks
 from extras.cpews.model import (CPEWS, CPEWSConfig, false_scores, ism_loss,
                                 make_pools, pdl_loss, pixel_labels, prototype_distances,
                                 region_features, seg_loss, ssl_loss, superclasses, token_labels)
@@ -32,7 +32,8 @@ from support.crf import add_crf_flags, crf_settings
 from support.files import UserError, file_hash, log, logged, progress
 from support.flags import common_flags
 from support.inference import load_model
-from support.masks import IGNORE, claim_folders, read_mask, read_settings, save_mask, unfinished
+from support.masks import (IGNORE, claim_folders, export, read_mask, read_settings, save_mask,
+                           unfinished)
 from support.processes import join_processes, launch, map_in_workers, place, wrap_for_training
 from support.scores import boundary_iou, mean_average_precision
 
@@ -167,8 +168,7 @@ def new_pools(model, folder, ids, groups, args, device):
     pools = make_pools(regions, groups, args.prototypes, args.seed, args.ssl_pool == "unshared")
     log(args.run, "cpews", **{name: sum(map(len, pools[name])) for name in pools})
     if args.ssl_weight and not any(map(len, pools["U"])):
-        print("note: SSL does nothing: every negative prototype shows a relative of its class. "
-              "--ssl-pool unshared looks further than the first --prototypes", flush=True)
+        print("note: SSL does nothing, as all of N show a relative: see --ssl-pool", flush=True)
     return pools
 
 
@@ -382,7 +382,7 @@ def write_masks(args, device):
         confusion, about = score_masks(folder, ids, out, args.workers)
         if about["num_images"]:
             contours = boundary_iou(folder, ids, out, args.workers)
-            log(args.run, "cpews", masks=out.name, split=args.predict, **truth,
+            log(args.run, "cpews", masks=out.name, split=args.predict, **about,
                 miou=miou(confusion), boundary_miou=float(np.nanmean(contours)),
                 crf=settings["crf"], image_labels_used=settings["image_labels_used"])
 
