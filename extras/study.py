@@ -11,6 +11,7 @@ import argparse
 import csv
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -166,7 +167,8 @@ def run_variant(args, train_flags, mask_flags, seed):
     flags = shlex.split(more) + train_flags.removeprefix("cpews").split()
     kept = ["--tokens", args.tokens] * (args.tokens is not None and method == "cls")
     kept_masks = kept * ("--size" not in mask_flags)  # tokens are of one size
-    settings = [str(args.data.resolve()), flags, shlex.split(args.seg_flags)]
+    shared = re.sub(r"--workers[ =]\d+", "", args.flags)  # results do not depend on these
+    settings = [str(args.data.resolve()), flags + shlex.split(shared), shlex.split(args.seg_flags)]
     saved = json.loads(note.read_text()) if note.is_file() else {}
     same = 3 if args.full and "DeepLabv2" in saved.get("scores", ()) else 2  # masks know no stage 3
     if saved and saved["settings"][:same] != settings[:same]:

@@ -99,26 +99,27 @@ def same_settings(old, new):
     return (old | {"data": new.get("data")} if moved else old) == new
 
 
-def is_whole(*paths):
-    """Whether each of an image's masks is there and can be read."""
+def is_whole(image, *masks):
+    """Whether each of an image's masks is there, can be read, and is no older than the image."""
     try:
-        return all(decode(path) for path in paths)
-    except UserError:
+        made = image.stat().st_mtime
+        return all(decode(path) and path.stat().st_mtime >= made for path in masks)
+    except (UserError, OSError):
         return False
 
 
-def unfinished(ids, outputs, workers=0,
+def unfinished(folder, ids, outputs, workers=0,
                way_out="--overwrite replaces them, --run writes elsewhere"):
-    """The ids without a whole mask in each folder of outputs {folder: settings of its masks}.
+    """The ids without a whole mask in each directory of outputs {directory: settings of its masks}.
 
     Refuses to add to masks that were made with other settings, or nobody knows how.
     """
-    for folder, settings in outputs.items():
-        if any(folder.glob("*.png")) and not same_settings(read_settings(folder), settings):
-            raise UserError(f"{folder} holds masks of other data, labels, weights or flags, or has "
+    for home, settings in outputs.items():
+        if any(home.glob("*.png")) and not same_settings(read_settings(home), settings):
+            raise UserError(f"{home} holds masks of other data, labels, weights or flags, or has "
                             f"no settings.json: {way_out}")
-    paths = ([folder / f"{image_id}.png" for folder in outputs] for image_id in ids)
-    return [i for i, whole in zip(ids, map_in_workers(is_whole, paths, workers)) if not whole]
+    jobs = ([folder.image_path(i), *(home / f"{i}.png" for home in outputs)] for i in ids)
+    return [i for i, whole in zip(ids, map_in_workers(is_whole, jobs, workers)) if not whole]
 
 
 def claim_folders(results, outputs, overwrite):

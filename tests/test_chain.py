@@ -262,6 +262,17 @@ def test_stage_2_goes_on_where_a_mistake_ended_it(place, capsys):
     assert len(before) == 5 and before.items() <= masks("run/pseudo").items()
 
 
+def test_an_image_that_was_replaced_gets_another_mask(place, capsys):
+    call("pseudo")
+    assert "0 of 8 images done now" in capsys.readouterr().out
+    Image.new("RGB", (40, 30), "red").save("data/JPEGImages/train_00003.jpg")
+    Path("data/SegmentationClass/train_00003.png").unlink()
+    call("pseudo")
+    assert "1 of 8 images done now" in capsys.readouterr().out
+    with Image.open("run/pseudo/train_00003.png") as mask:
+        assert mask.size == (40, 30)
+
+
 def test_predictions_are_skipped_and_made_anew_with_other_settings(place):
     written = masks("run/pred")
     removed, kept = sorted(written)
