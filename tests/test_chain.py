@@ -14,10 +14,7 @@ import torch
 from PIL import Image
 
 import evaluate
-import make_pseudo
-import train_cls
-import train_seg
-from conftest import ROOT, call, command, in_process, needs_compiler, refusal
+from conftest import ROOT, call, command, log_of, needs_compiler, refusal
 from datasets import coco as coco_maker
 from datasets.beetles import TOY_CLASSES
 from support import backbones
@@ -25,7 +22,7 @@ from support.masks import read_mask
 from support.pictures import PICTURE
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--")
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # with more, sums are in another order
 
 
 def ids_of(split):
@@ -45,10 +42,6 @@ def masks(folder):
     found = {path.name: path.read_bytes() for path in Path(folder).glob("*.png")}
     assert found
     return found
-
-
-def log_of(run):
-    return [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
 
 
 def losses(run):
@@ -133,15 +126,6 @@ def test_same_seed_same_numbers_and_training_sees_no_mask(place):
     assert first == second
 
 
-def test_predictions_of_another_data_set_with_the_same_ids_are_not_reused(place, capsys):
-    shutil.copytree("data", "other")
-    for path in Path("other/JPEGImages").glob("test_*.jpg"):
-        Image.new("RGB", (96, 96), (9, 99, 199)).save(path)
-    call("eval --data other")
-    assert len(set(masks("run/pred").values())) == 1  # one picture, one mask
-    assert "other data" in refusal("pseudo --data other", capsys)
-
-
 def test_export_for_vocs_server_needs_no_ground_truth(place):
     shutil.rmtree("data/SegmentationClass")
     shutil.rmtree("run/pred")
@@ -158,19 +142,17 @@ def test_export_for_vocs_server_needs_no_ground_truth(place):
         assert mask.mode == "P" and mask.size == (70, 55)
 
 
-def test_coco_goes_through_all_four_stages(coco, tmp_path):
+def test_coco_goes_through_all_four_stages(coco, tmp_path, monkeypatch):
     coco_maker.make_coco(coco, train_masks=True, counts={"train": (5, 4), "val": (3, 2)})
-    where = ("--data", coco, "--run", tmp_path, "--workers", "0")
-    tiny = ("--no-pretrained", "--batch-size", "2")
-    in_process(train_cls, *where, *tiny, "--backbone", "vit_toy", "--size", "32", "--epochs", "1")
-    in_process(make_pseudo, *where, "--size", "64")
-    assert len(masks(tmp_path / "pseudo")) == 4
-    in_process(train_seg, *where, *tiny, "--backbone", "resnet_toy", "--iterations", "2",
-               "--crop", "64")
-    in_process(evaluate, *where, "--crf")
-    results = json.loads((tmp_path / "results.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    tiny = "--no-pretrained --batch-size 2 --backbone"
+    for line in (f"cls {tiny} vit_toy --size 32", "pseudo --size 64",
+                 f"seg {tiny} resnet_toy --crop 64", "eval --crf"):
+        call(f"{line} --data coco")
+    assert len(masks("run/pseudo")) == 4
+    results = json.loads(Path("run/results.json").read_text())
     assert (results["split"], results["num_images"], len(results["iou"])) == ("val", 2, 81)
-    seg = torch.load(tmp_path / "seg.pt", weights_only=True)
+    seg = torch.load("run/seg.pt", weights_only=True)
     assert seg["args"]["preset"] == "coco" and seg["config"]["num_classes"] == 81
 
 
@@ -262,7 +244,7 @@ def test_stage_2_goes_on_where_a_mistake_ended_it(place, capsys):
     assert len(before) == 5 and before.items() <= masks("run/pseudo").items()
 
 
-def test_predictions_are_skipped_and_made_anew_with_other_settings(place):
+def test_predictions_are_skipped_and_made_anew_with_other_settings_or_data(place, capsys):
     written = masks("run/pred")
     removed, kept = sorted(written)
     Path("run/pred", removed).unlink()
@@ -274,6 +256,12 @@ def test_predictions_are_skipped_and_made_anew_with_other_settings(place):
     assert json.loads(Path("run/results.json").read_text())["crf"] is True
     call("eval")
     assert masks("run/pred") == written
+    shutil.copytree("data", "other")  # the same ids
+    for path in Path("other/JPEGImages").glob("test_*.jpg"):
+        Image.new("RGB", (96, 96), (9, 99, 199)).save(path)
+    call("eval --data other")
+    assert len(set(masks("run/pred").values())) == 1  # one picture, one mask
+    assert "other data" in refusal("pseudo --data other", capsys)
 
 
 # --- faster, and the same numbers ---------------------------------------------------------------
@@ -301,15 +289,6 @@ def test_compiled_and_bfloat16_runs_have_the_same_losses(place, monkeypatch, nam
 
 # --- several ranks -----------------------------------------------------------------------------
 
-@pytest.fixture
-def one_thread():
-    """As each rank has: with more, sums are in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("line, file", [
     # the norms of vit_toy_linear are of each image alone
     ("cls --epochs 2 --frozen-epochs 1 --backbone vit_toy_linear", "cls.pt"),
@@ -324,13 +303,12 @@ def test_two_ranks_train_as_one_process_does(place, script, line, file):
         torch.testing.assert_close(two[key], value, atol=1e-3, rtol=1e-2)
 
 
-def test_two_ranks_write_the_masks_of_one_process(place, script, one_thread):
-    for run in ("one", "two"):
+def test_two_ranks_write_the_masks_of_one_process(place, script):
+    for run, launcher in (("one", ()), ("two", TORCHRUN)):
         Path(run).mkdir()
         shutil.copy("run/cls.pt", run)
-    line = "pseudo --batch-size 1"  # else other batches, other sums
-    call(f"{line} --run one")
-    script(*TORCHRUN, *command(f"{line} --run two"), env=ONE_THREAD, cwd=place)
+        script(*launcher, *command(f"pseudo --batch-size 1 --run {run}"),  # else other batches
+               env=ONE_THREAD, cwd=place)
     for out in ("bpm", "pseudo"):
         assert masks(f"two/{out}") == masks(f"one/{out}")
 
