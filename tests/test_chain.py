@@ -156,10 +156,9 @@ def test_coco_goes_through_all_four_stages(coco, tmp_path, monkeypatch):
     assert seg["args"]["preset"] == "coco" and seg["config"]["num_classes"] == 81
 
 
-@pytest.mark.parametrize("flags", ["--crf", "--window 64"])
-def test_a_photo_is_segmented_with_the_preset_of_its_run(place, flags):
+def test_a_photo_is_segmented_with_the_preset_of_its_run(place):
     Image.new("CMYK", (130, 75), (20, 90, 10, 0)).save("photo.jpg")
-    words = f"--run run --image photo.jpg --out out.png {flags}"
+    words = "--run run --image photo.jpg --out out.png --crf --window 64"
     assert evaluate.parse_args(words.split()).crf_sxy == 30  # toy's
     call(f"photo {words}")
     assert read_mask("out.png", 9).shape == (75, 130)
@@ -167,18 +166,16 @@ def test_a_photo_is_segmented_with_the_preset_of_its_run(place, flags):
         assert overlay.width > 1000 and overlay.info["Title"] == PICTURE
 
 
-def test_stages_2_and_4_predict_in_windows(place):
-    whole = masks("run/bpm")
-    call("pseudo --overwrite --window 48")  # covers the image
-    assert masks("run/bpm") == whole
-    call("pseudo --overwrite --window 24")
-    assert masks("run/bpm") != whole
-    whole = masks("run/pred")
-    call("eval --window 96")
-    assert masks("run/pred") == whole
-    call("eval --window 64 --stride 16")
-    made = json.loads(Path("run/pred/settings.json").read_text())
-    assert (made["window"], made["stride"]) == (64, 16)
+@pytest.mark.parametrize("line, folder, size", [
+    ("pseudo --overwrite", "run/bpm", 48), ("eval", "run/pred", 96)])
+def test_stages_2_and_4_predict_in_windows(place, line, folder, size):
+    whole = masks(folder)
+    call(f"{line} --window {size}")  # covers the image
+    assert masks(folder) == whole
+    call(f"{line} --window {size // 2} --stride 16")
+    made = json.loads(Path(folder, "settings.json").read_text())
+    assert (made["window"], made["stride"]) == (size // 2, 16)
+    assert folder == "run/pred" or masks(folder) != whole
 
 
 # --- interruptions -----------------------------------------------------------------------------
@@ -231,17 +228,22 @@ def test_masks_are_skipped_not_mixed_and_overwritten_on_request(place, capsys):
     assert len(masks("run/pseudo")) == 8 + 2 and written.items() <= masks("run/pseudo").items()
 
 
-def test_stage_2_goes_on_where_a_mistake_ended_it(place, capsys):
-    victim = Path("data/JPEGImages/train_00005.jpg")
-    whole = victim.read_bytes()
-    victim.write_bytes(b"no image")
-    with pytest.raises(SystemExit, match="train_00005.jpg cannot be read"):
-        call("pseudo --overwrite --batch-size 1")
-    before = masks("run/pseudo")
-    victim.write_bytes(whole)
-    call("pseudo")
-    assert "3 of 8 images done now" in capsys.readouterr().out
-    assert len(before) == 5 and before.items() <= masks("run/pseudo").items()
+@pytest.mark.parametrize("victim, line, again, told, done", [
+    ("val_00001", "cls --run new --epochs 2", "cls --run new --epochs 2 --resume",
+     "going on from new/cls.pt (1 of 2)", lambda: log_of("new")[0]["loss"] > 0),
+    ("train_00005", "pseudo --overwrite --batch-size 1", "pseudo", "3 of 8 images done now",
+     lambda: len(masks("run/pseudo")) == 5)], ids=["epochs", "masks"])
+def test_what_was_done_before_a_mistake_stays(place, capsys, victim, line, again, told, done):
+    path = Path(f"data/JPEGImages/{victim}.jpg")
+    whole = path.read_bytes()
+    path.write_bytes(b"no image")
+    with pytest.raises(SystemExit, match=f"{victim}.jpg cannot be read"):
+        call(line)
+    assert done()
+    path.write_bytes(whole)
+    capsys.readouterr()
+    call(again)
+    assert told in capsys.readouterr().out
 
 
 def test_predictions_are_skipped_and_made_anew_with_other_settings_or_data(place, capsys):

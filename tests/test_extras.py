@@ -16,7 +16,7 @@ import patch_grid
 import study
 import train_cls
 import train_seg
-from conftest import in_process
+from conftest import contents, in_process
 from extras.cpews import train as cpews
 from support.files import UserError, write_lines
 from support.masks import save_mask
@@ -189,7 +189,9 @@ def test_a_study_from_another_folder_passes_its_flags_on(toy, tmp_path, calls, m
 def test_a_command_keeps_its_output_and_a_failing_one_is_named(toy, tmp_path):
     args = study.parse_args(["table4", "--data", str(toy), "--flags=--workers 0"])
     truth = ("--masks", toy / "SegmentationClass", "--split")
+    before = contents(toy)
     study.call(args, tmp_path, "evaluate.py", *truth, "val")
+    assert contents(toy) == before
     output = (tmp_path / "out.txt").read_text()
     assert "--split val --workers 0" in output and "mIoU 100.00 %" in output
     with pytest.raises(UserError, match="evaluate.py ended with code 1 .*none.txt not found"):
@@ -209,7 +211,7 @@ def one_image(root, mask, flags=()):
     patch_grid.main(patch_grid.parse_args(["--data", str(root), "--workers", "0", *flags]))
 
 
-def test_bound_by_hand(tmp_path, capsys):
+def test_bound_by_hand_and_the_crf_gives_the_border_back(tmp_path, capsys):
     """Class 1 covers 5 of 6 columns: the grid of 2 moves the border, by labels and by shares."""
     mask = np.ones((6, 6), np.uint8)
     mask[:, 0] = 0
@@ -227,10 +229,7 @@ def test_bound_by_hand(tmp_path, capsys):
     assert f"labels {labels:5.1f}\n" in output and "shares 100.0\n" in output
     nothing = np.full((4, 4), 255, np.uint8)
     assert patch_grid.on_grid(nothing, 2, True)[0].tolist() == [0]
-
-
-def test_the_crf_gives_back_a_border_that_the_grid_moved(tmp_path, capsys):
-    """Colours tell the two classes; 5 of 16 columns are background, a grid of 2 makes that 8."""
+    # of 16 columns 5 are background, a grid of 2 makes that 8; colours tell the CRF where it ends
     mask = np.ones((16, 16), np.uint8)
     mask[:, :5] = 0
     one_image(tmp_path, mask, ("--sides", "2", "--crf", "torch", "--crf-srgb", "10"))
