@@ -742,11 +742,11 @@ NOTES = [  # what is done, the call, what its note must say; None: there is no n
     (lambda: (relabel(""), renumber(ONES)), "masks", "has none of the 8 images: truth and labels"),
     (lambda: (relabel(""), renumber(BACKGROUND)), "masks", NO_OBJECT),
     *((partial(os.rename, truth_of(name), f"{truth_of(name)}.tif"), line,
-       rf"1 of \d images are not scored: .*has no {name}.png(.|\n)*{words}")
-      for line, name, words in (
-          ("masks", "train_00001", ""), ("eval", "test_00001", r"\(1 images"),
-          ("pseudo", "train_00001", "num_images 7 "),
-          ("seg --overwrite", "val_00001", "val_images 1 "))),
+       rf"1 of {count} images are not scored: .*has no {name}.png(.|\n)*{words}")
+      for line, name, count, words in (
+          ("masks", "train_00001", 8, ""), ("eval", "test_00001", 2, r"\(1 images"),
+          ("pseudo", "train_00001", 8, "num_images 7 "),
+          ("seg --overwrite", "val_00001", 2, "val_images 1 "))),
     *((partial(add_line, VAL, FIRST), f"{line} --overwrite",
        "1 of 3 images of val are trained on as well") for line in ("cls", "seg"))]
 
