@@ -172,6 +172,11 @@ def contents(folder="."):
             if path.is_file() and not path.name.endswith(("log.jsonl", ".lock"))}
 
 
+def log_of(run):
+    """The lines of a run's log."""
+    return [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
+
+
 def refusal(line, capsys):
     """The one line that a call ends with; nothing that was written may have changed."""
     before = contents()

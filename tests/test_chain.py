@@ -14,10 +14,7 @@ import torch
 from PIL import Image
 
 import evaluate
-import make_pseudo
-import train_cls
-import train_seg
-from conftest import ROOT, call, command, in_process, needs_compiler, refusal
+from conftest import ROOT, call, command, log_of, needs_compiler, refusal
 from datasets import coco as coco_maker
 from datasets.beetles import TOY_CLASSES
 from support import backbones
@@ -25,7 +22,7 @@ from support.masks import read_mask
 from support.pictures import PICTURE
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--")
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # with more, sums are in another order
 
 
 def ids_of(split):
@@ -45,10 +42,6 @@ def masks(folder):
     found = {path.name: path.read_bytes() for path in Path(folder).glob("*.png")}
     assert found
     return found
-
-
-def log_of(run):
-    return [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
 
 
 def losses(run):
@@ -133,15 +126,6 @@ def test_same_seed_same_numbers_and_training_sees_no_mask(place):
     assert first == second
 
 
-def test_predictions_of_another_data_set_with_the_same_ids_are_not_reused(place, capsys):
-    shutil.copytree("data", "other")
-    for path in Path("other/JPEGImages").glob("test_*.jpg"):
-        Image.new("RGB", (96, 96), (9, 99, 199)).save(path)
-    call("eval --data other")
-    assert len(set(masks("run/pred").values())) == 1  # one picture, one mask
-    assert "other data" in refusal("pseudo --data other", capsys)
-
-
 def test_export_for_vocs_server_needs_no_ground_truth(place):
     shutil.rmtree("data/SegmentationClass")
     shutil.rmtree("run/pred")
@@ -158,26 +142,23 @@ def test_export_for_vocs_server_needs_no_ground_truth(place):
         assert mask.mode == "P" and mask.size == (70, 55)
 
 
-def test_coco_goes_through_all_four_stages(coco, tmp_path):
+def test_coco_goes_through_all_four_stages(coco, tmp_path, monkeypatch):
     coco_maker.make_coco(coco, train_masks=True, counts={"train": (5, 4), "val": (3, 2)})
-    where = ("--data", coco, "--run", tmp_path, "--workers", "0")
-    tiny = ("--no-pretrained", "--batch-size", "2")
-    in_process(train_cls, *where, *tiny, "--backbone", "vit_toy", "--size", "32", "--epochs", "1")
-    in_process(make_pseudo, *where, "--size", "64")
-    assert len(masks(tmp_path / "pseudo")) == 4
-    in_process(train_seg, *where, *tiny, "--backbone", "resnet_toy", "--iterations", "2",
-               "--crop", "64")
-    in_process(evaluate, *where, "--crf")
-    results = json.loads((tmp_path / "results.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    tiny = "--no-pretrained --batch-size 2 --backbone"
+    for line in (f"cls {tiny} vit_toy --size 32", "pseudo --size 64",
+                 f"seg {tiny} resnet_toy --crop 64", "eval --crf"):
+        call(f"{line} --data coco")
+    assert len(masks("run/pseudo")) == 4
+    results = json.loads(Path("run/results.json").read_text())
     assert (results["split"], results["num_images"], len(results["iou"])) == ("val", 2, 81)
-    seg = torch.load(tmp_path / "seg.pt", weights_only=True)
+    seg = torch.load("run/seg.pt", weights_only=True)
     assert seg["args"]["preset"] == "coco" and seg["config"]["num_classes"] == 81
 
 
-@pytest.mark.parametrize("flags", ["--crf", "--window 64"])
-def test_a_photo_is_segmented_with_the_preset_of_its_run(place, flags):
+def test_a_photo_is_segmented_with_the_preset_of_its_run(place):
     Image.new("CMYK", (130, 75), (20, 90, 10, 0)).save("photo.jpg")
-    words = f"--run run --image photo.jpg --out out.png {flags}"
+    words = "--run run --image photo.jpg --out out.png --crf --window 64"
     assert evaluate.parse_args(words.split()).crf_sxy == 30  # toy's
     call(f"photo {words}")
     assert read_mask("out.png", 9).shape == (75, 130)
@@ -185,18 +166,16 @@ def test_a_photo_is_segmented_with_the_preset_of_its_run(place, flags):
         assert overlay.width > 1000 and overlay.info["Title"] == PICTURE
 
 
-def test_stages_2_and_4_predict_in_windows(place):
-    whole = masks("run/bpm")
-    call("pseudo --overwrite --window 48")  # covers the image
-    assert masks("run/bpm") == whole
-    call("pseudo --overwrite --window 24")
-    assert masks("run/bpm") != whole
-    whole = masks("run/pred")
-    call("eval --window 96")
-    assert masks("run/pred") == whole
-    call("eval --window 64 --stride 16")
-    made = json.loads(Path("run/pred/settings.json").read_text())
-    assert (made["window"], made["stride"]) == (64, 16)
+@pytest.mark.parametrize("line, folder, size", [
+    ("pseudo --overwrite", "run/bpm", 48), ("eval", "run/pred", 96)])
+def test_stages_2_and_4_predict_in_windows(place, line, folder, size):
+    whole = masks(folder)
+    call(f"{line} --window {size}")  # covers the image
+    assert masks(folder) == whole
+    call(f"{line} --window {size // 2} --stride 16")
+    made = json.loads(Path(folder, "settings.json").read_text())
+    assert (made["window"], made["stride"]) == (size // 2, 16)
+    assert folder == "run/pred" or masks(folder) != whole
 
 
 # --- interruptions -----------------------------------------------------------------------------
@@ -249,17 +228,22 @@ def test_masks_are_skipped_not_mixed_and_overwritten_on_request(place, capsys):
     assert len(masks("run/pseudo")) == 8 + 2 and written.items() <= masks("run/pseudo").items()
 
 
-def test_stage_2_goes_on_where_a_mistake_ended_it(place, capsys):
-    victim = Path("data/JPEGImages/train_00005.jpg")
-    whole = victim.read_bytes()
-    victim.write_bytes(b"no image")
-    with pytest.raises(SystemExit, match="train_00005.jpg cannot be read"):
-        call("pseudo --overwrite --batch-size 1")
-    before = masks("run/pseudo")
-    victim.write_bytes(whole)
-    call("pseudo")
-    assert "3 of 8 images done now" in capsys.readouterr().out
-    assert len(before) == 5 and before.items() <= masks("run/pseudo").items()
+@pytest.mark.parametrize("victim, line, again, told, done", [
+    ("val_00001", "cls --run new --epochs 2", "cls --run new --epochs 2 --resume",
+     "going on from new/cls.pt (1 of 2)", lambda: log_of("new")[0]["loss"] > 0),
+    ("train_00005", "pseudo --overwrite --batch-size 1", "pseudo", "3 of 8 images done now",
+     lambda: len(masks("run/pseudo")) == 5)], ids=["epochs", "masks"])
+def test_what_was_done_before_a_mistake_stays(place, capsys, victim, line, again, told, done):
+    path = Path(f"data/JPEGImages/{victim}.jpg")
+    whole = path.read_bytes()
+    path.write_bytes(b"no image")
+    with pytest.raises(SystemExit, match=f"{victim}.jpg cannot be read"):
+        call(line)
+    assert done()
+    path.write_bytes(whole)
+    capsys.readouterr()
+    call(again)
+    assert told in capsys.readouterr().out
 
 
 def test_an_image_that_was_replaced_gets_another_mask(place, capsys):
@@ -273,7 +257,7 @@ def test_an_image_that_was_replaced_gets_another_mask(place, capsys):
         assert mask.size == (40, 30)
 
 
-def test_predictions_are_skipped_and_made_anew_with_other_settings(place):
+def test_predictions_are_skipped_and_made_anew_with_other_settings_or_data(place, capsys):
     written = masks("run/pred")
     removed, kept = sorted(written)
     Path("run/pred", removed).unlink()
@@ -285,6 +269,12 @@ def test_predictions_are_skipped_and_made_anew_with_other_settings(place):
     assert json.loads(Path("run/results.json").read_text())["crf"] is True
     call("eval")
     assert masks("run/pred") == written
+    shutil.copytree("data", "other")  # the same ids
+    for path in Path("other/JPEGImages").glob("test_*.jpg"):
+        Image.new("RGB", (96, 96), (9, 99, 199)).save(path)
+    call("eval --data other")
+    assert len(set(masks("run/pred").values())) == 1  # one picture, one mask
+    assert "other data" in refusal("pseudo --data other", capsys)
 
 
 # --- faster, and the same numbers ---------------------------------------------------------------
@@ -312,15 +302,6 @@ def test_compiled_and_bfloat16_runs_have_the_same_losses(place, monkeypatch, nam
 
 # --- several ranks -----------------------------------------------------------------------------
 
-@pytest.fixture
-def one_thread():
-    """As each rank has: with more, sums are in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("line, file", [
     # the norms of vit_toy_linear are of each image alone
     ("cls --epochs 2 --frozen-epochs 1 --backbone vit_toy_linear", "cls.pt"),
@@ -335,13 +316,12 @@ def test_two_ranks_train_as_one_process_does(place, script, line, file):
         torch.testing.assert_close(two[key], value, atol=1e-3, rtol=1e-2)
 
 
-def test_two_ranks_write_the_masks_of_one_process(place, script, one_thread):
-    for run in ("one", "two"):
+def test_two_ranks_write_the_masks_of_one_process(place, script):
+    for run, launcher in (("one", ()), ("two", TORCHRUN)):
         Path(run).mkdir()
         shutil.copy("run/cls.pt", run)
-    line = "pseudo --batch-size 1"  # else other batches, other sums
-    call(f"{line} --run one")
-    script(*TORCHRUN, *command(f"{line} --run two"), env=ONE_THREAD, cwd=place)
+        script(*launcher, *command(f"pseudo --batch-size 1 --run {run}"),  # else other batches
+               env=ONE_THREAD, cwd=place)
     for out in ("bpm", "pseudo"):
         assert masks(f"two/{out}") == masks(f"one/{out}")
 

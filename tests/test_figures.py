@@ -3,6 +3,7 @@ import json
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,19 +11,13 @@ from PIL import Image
 
 import evaluate
 import figures
-import make_pseudo
-import train_cls
-import train_seg
-from conftest import in_process
+from conftest import call, command, in_process
 from data import Folder
+from datasets.beetles import TOY_CLASSES
 from extras.cpews import train as cpews
-from model import CPFCTE, ClassifierConfig, DeepLabv2, SegmenterConfig
-from support.checkpoints import save_checkpoint
 from support.files import UserError, write_lines
 from support.masks import decode, read_mask, voc_palette
 from test_extras import calls, run_study  # noqa: F401  a fixture
-
-TINY = ("--workers", "0", "--batch-size", "4")
 
 
 @pytest.fixture
@@ -52,8 +47,7 @@ def texts(figure):
 
 # --- who sees which labels ---------------------------------------------------------------------
 
-def test_the_stages_open_the_images_and_masks_that_the_table_shows(
-        toy, tmp_path, monkeypatch, drawn):
+def test_the_stages_open_the_images_and_masks_that_the_table_shows(place, monkeypatch, drawn):
     opened, original = set(), decode
 
     def noting(path):
@@ -61,23 +55,21 @@ def test_the_stages_open_the_images_and_masks_that_the_table_shows(
         return original(path)
 
     monkeypatch.setattr("support.masks.decode", noting)
-    for stage, words, (name, images, _, masks, files) in zip(
-            (train_cls, make_pseudo, train_seg, evaluate),
-            (("--epochs", "1", *TINY), TINY, ("--iterations", "2", "--val-images", "2", *TINY),
-             ("--workers", "0")), figures.SEES):
+    shutil.rmtree("run/pred")
+    for line, (name, images, _, masks, files) in zip(
+            ("cls --overwrite", "pseudo --overwrite", "seg --overwrite", "eval"), figures.SEES):
         opened.clear()
-        in_process(stage, "--data", toy, "--run", tmp_path, *words)
-        assert f"{stage.__name__}.py" in name
+        call(line)
+        assert command(line)[0].name in name
         seen = {folder: {split for where, split in opened if where == folder}
                 for folder in ("JPEGImages", "SegmentationClass", "pseudo")}
-        figure_too = {"train"} if stage is evaluate else set()  # figure.png is of training images
-        assert {split for split in ("train", "val", "test") if split in images} == \
-            seen["JPEGImages"] - figure_too
-        assert {split for split in ("train", "val", "test") if split in masks} == \
-            seen["SegmentationClass"] - figure_too
-        assert stage is not train_seg or seen["pseudo"] == {"train"}
-        assert all((tmp_path / file).exists() for file in files.split())
-    figure = drawn("pipeline", "--out", tmp_path)["pipeline.png"]
+        figure_too = {"train"} if line == "eval" else set()  # figure.png is of training images
+        for folder, splits in (("JPEGImages", images), ("SegmentationClass", masks)):
+            assert {split for split in ("train", "val", "test") if split in splits} == \
+                seen[folder] - figure_too
+        assert "seg" not in line or seen["pseudo"] == {"train"}
+        assert all(Path("run", file).exists() for file in files.split())
+    figure = drawn("pipeline", "--out", place)["pipeline.png"]
     shown = [cell.get_text().get_text() for cell in figure.axes[0].tables[0].get_celld().values()]
     assert {row[0] for row in figures.SEES} <= {*shown}
     assert "val: chooses\nby mIoU" in shown and "val: chooses\nby mAP" in shown
@@ -87,26 +79,21 @@ def test_the_stages_open_the_images_and_masks_that_the_table_shows(
 
 LOG = [dict(stage="train_cls", epoch=1, loss=0.9, val_map=0.1),
        dict(stage="train_cls", epoch=2, loss=0.8, val_map=0.2),
-       dict(stage="train_cls", epoch=3, loss=0.7, val_map=0.3),
        dict(stage="make_pseudo", masks="BPM", miou=0.5),
        dict(stage="train_cls", epoch=1, loss=0.6, val_map=None),
        dict(stage="train_cls", epoch=2, loss=0.5, val_map=0.4)]
 
 
-def test_only_the_last_training_is_drawn(tmp_path, drawn):
+def test_ones_own_run_and_of_it_the_last_training(tmp_path, capsys, drawn):
     with pytest.raises(UserError, match="log.jsonl not found: run train_cls.py first"):
-        figures.of_stage(tmp_path, "train_cls", "epoch")
-    for lines, expected in ((LOG[:4], {1: 0.9, 2: 0.8, 3: 0.7}), (LOG, {1: 0.6, 2: 0.5})):
+        drawn("run", "--run", tmp_path)
+    write_lines(tmp_path / "log.jsonl", map(json.dumps, LOG[2:3]))
+    with pytest.raises(UserError, match="log.jsonl has no line of a training"):
+        drawn("run", "--run", tmp_path)
+    for lines, expected in ((LOG[:3], {1: 0.9, 2: 0.8}), (LOG, {1: 0.6, 2: 0.5})):
         write_lines(tmp_path / "log.jsonl", map(json.dumps, lines))
         found = figures.of_stage(tmp_path, "train_cls", "epoch")
         assert {epoch: line["loss"] for epoch, line in found.items()} == expected
-    write_lines(tmp_path / "log.jsonl", map(json.dumps, LOG[3:4]))
-    with pytest.raises(UserError, match="log.jsonl has no line of a training"):
-        drawn("run", "--run", tmp_path)
-
-
-def test_ones_own_run(tmp_path, capsys, drawn):
-    write_lines(tmp_path / "log.jsonl", map(json.dumps, LOG))
     assert list(drawn("run", "--run", tmp_path)) == ["curves.png"]
     assert "run evaluate.py" in capsys.readouterr().out
     confusion = np.array([[90, 10, 0, 0], [15, 45, 0, 0], [0, 0, 0, 0]])
@@ -149,69 +136,48 @@ def test_figures_of_a_tiny_table_4(toy, tmp_path, calls, drawn):  # noqa: F811
     means = figures.ranked(args, folder, home / "default/s0", folder.ids("val"))
     assert len(means) == 8 and list(means.values()) == sorted(means.values())
     image_id, iou = list(means.items())[-1]
-    truth = np.array(Image.open(toy / "SegmentationClass" / f"{image_id}.png"))
-    guess = np.array(Image.open(home / "default/s0/bpm" / f"{image_id}.png"))
-    by_hand = [((truth == c) & (guess == c)).sum() /
-               ((truth == c) | ((guess == c) & (truth != 255))).sum()
-               for c in set(truth.ravel().tolist()) - {255}]
-    assert iou == pytest.approx(np.mean(by_hand))
+    confusion, _ = evaluate.score_masks(folder, [image_id], home / "default/s0/bpm")
+    assert iou == evaluate.miou(confusion)  # the mean over the classes of that image
 
 
 # --- photographs, one image --------------------------------------------------------------------
 
-def test_photographs_that_may_be_shown_are_drawn_stage_by_stage(toy, tmp_path, monkeypatch, drawn):
-    folder = Folder(toy)
-    content = dict(classes=folder.classes, ids=[], labels=[], optimizer={}, epoch=1, step=1)
-    words = ["--data", str(toy), "--run", str(tmp_path)]
-    for kind, stage, network in (
-            ("cls", train_cls, CPFCTE(ClassifierConfig(9, "vit_toy"))),
-            ("seg", train_seg, DeepLabv2(SegmenterConfig(9, "resnet_toy", (1,), (1.0,))))):
-        save_checkpoint(tmp_path / f"{kind}.pt", kind, network, stage.parse_args(words),
-                            **content)
+def test_photographs_that_may_be_shown_are_drawn_stage_by_stage(place, monkeypatch, drawn):
     monkeypatch.setitem(sys.modules, "skimage", None)
     with pytest.raises(UserError, match="pip install scikit-image"):
-        drawn("shown", "--run", tmp_path)
+        drawn("shown", "--run", "run")
     random = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     photographs = types.SimpleNamespace(chelsea=lambda: random, camera=lambda: random[..., 0])
     monkeypatch.setitem(sys.modules, "skimage", types.SimpleNamespace(data=photographs))
     with pytest.raises(UserError, match="knows none of"):
-        drawn("shown", "--run", tmp_path)
-    monkeypatch.setattr(figures, "SHOWN", dict(zip(("chelsea", "camera"), folder.classes[1:])))
-    assert len(drawn("shown", "--run", tmp_path)["shown.png"].axes) == 2 * 4
+        drawn("shown", "--run", "run")
+    monkeypatch.setattr(figures, "SHOWN", dict(zip(("chelsea", "camera"), TOY_CLASSES[1:])))
+    assert len(drawn("shown", "--run", "run")["shown.png"].axes) == 2 * 4
 
 
-@pytest.fixture(scope="module")
-def trained(toy, tmp_path_factory):
-    """The run folder of one epoch, with the masks of val."""
-    home = tmp_path_factory.mktemp("drawn")
-    in_process(train_cls, "--data", toy, "--run", home, "--epochs", "1", *TINY)
-    in_process(make_pseudo, "--data", toy, "--run", home, "--split", "val", *TINY)
-    return home
-
-
-def test_the_largest_k_patches_are_framed(toy, trained, tmp_path, drawn):
-    words = ["top-k", "--data", toy, "--runs", tmp_path, "--out", tmp_path]
+def test_the_largest_k_patches_are_framed(place, drawn):
+    words = ["top-k", "--data", "data", "--runs", ".", "--out", "."]
     with pytest.raises(UserError, match="extras/study.py top-k --data .* --seeds 0"):
         drawn(*words)
     for folder in ("pool_max", "top-k_6", "top-k_12", "pool_avg"):
-        (tmp_path / toy.name / folder / "s0").mkdir(parents=True)
-        shutil.copy(trained / "cls.pt", tmp_path / toy.name / folder / "s0")
+        Path("data", folder, "s0").mkdir(parents=True)
+        shutil.copy("run/cls.pt", f"data/{folder}/s0")
     axes = {axis.title.get_text(): axis for axis in drawn(*words)["top-k.png"].axes}
-    for K, title in ((1, "K = 1"), (6, "K = 6"), (12, "K = 12"), (144, "K = 144 (all)")):
+    for K, title in ((1, "K = 1"), (6, "K = 6"), (12, "K = 12"), (36, "K = 36 (all)")):
         values = axes[title].images[0].get_array()
         inside = [values[int(frame.get_y() + 0.5), int(frame.get_x() + 0.5)]
                   for frame in axes[title].patches]
         np.testing.assert_allclose(sorted(inside), np.sort(values.ravel())[-K:])
 
 
-def test_the_crf_begins_with_the_bpm_and_ends_with_the_pseudo_mask(toy, trained, tmp_path, drawn):
-    home = shutil.copytree(trained, tmp_path / "run")
-    words = ["crf", "--data", toy, "--run", home, "--out", tmp_path]
-    scene = figures.Scene(figures.parse_args([str(word) for word in words]))
+def test_the_crf_begins_with_the_bpm_and_ends_with_the_pseudo_mask(place, drawn):
+    call("pseudo --overwrite --crf-iterations 10")
+    words = "crf --data data --run run --out . --split train".split()
+    scene = figures.Scene(figures.parse_args(words))
     masks = [axis.images[0].get_array() for axis in drawn(*words)["crf.png"].axes
              if "IoU" in axis.get_title()]
     for mask, folder in ((masks[0], "bpm"), (masks[3], "pseudo")):
-        expected = read_mask(home / folder / f"{scene.id}.png", 9)
+        expected = read_mask(f"run/{folder}/{scene.id}.png", 9)
         assert (mask == voc_palette()[expected]).all(-1).mean() > 0.999
 
 

@@ -18,6 +18,7 @@ import time
 import zlib
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -505,43 +506,36 @@ def test_a_full_disk_names_the_file_and_leaves_the_others(place, monkeypatch, li
     assert Path("run/log.jsonl").read_text() == log
 
 
-@pytest.mark.parametrize("line, leftover", [
-    ("cls --overwrite", "run/.cls.pt.tmp"), ("seg --overwrite", "run/.seg.pt.tmp"),
-    ("seg --overwrite", "run/.preset.txt.tmp"), ("pseudo", f"run/bpm/.{FIRST}.png.tmp"),
-    ("pseudo", "run/pseudo/.settings.json.tmp"), ("eval", "run/pred/.test_00000.png.tmp"),
-    ("eval", "run/.results.json.tmp"), ("eval", "run/.figure.png.tmp"), ("photo", ".out.png.tmp"),
-    ("photo", ".out_overlay.png.tmp")])
-def test_what_a_killed_save_left_disappears_with_the_next_run(place, line, leftover):
-    leftover = Path(leftover)
-    leftover.write_bytes(b"half a file")
-    whole = leftover.with_name(leftover.name[1:].removesuffix(".tmp"))
-    if whole.suffix == ".png":  # no mask there: the kill came before it was whole
-        whole.unlink(missing_ok=True)
+@pytest.mark.parametrize("line, files", [
+    ("cls --overwrite", CLS), ("seg --overwrite", f"{SEG} run/preset.txt"),
+    ("pseudo", f"{BPM} run/pseudo/settings.json"), ("photo", "out.png out_overlay.png"),
+    ("eval", f"{PRED} run/results.json run/figure.png")])
+def test_what_a_killed_save_left_disappears_with_the_next_run(place, line, files):
+    files = [*map(Path, files.split())]
+    for file in files:
+        file.with_name(f".{file.name}.tmp").write_bytes(b"half a file")
+        if file.suffix == ".png":  # no mask there: the kill came before it was whole
+            file.unlink(missing_ok=True)
     call(line)
-    assert whole.is_file() and not [*Path().rglob("*.tmp")]
+    assert all(file.is_file() for file in files) and not [*Path().rglob("*.tmp")]
 
 
 # --- Ctrl-C, too little memory, SIGKILL ---------------------------------------------------------
 
-STOPS = {"cls --overwrite": "data.batches", "seg --overwrite": "data.batches",
-         "pseudo --overwrite": "make_pseudo.class_maps",
-         "eval --crf torch": "evaluate.predict_log_probs"}  # where each stage is in its work
-
-
-def raiser(error):
-    """A function that raises this, whatever it is called with."""
-    def fail(*_, **__):
-        raise error
-    return fail
+STOPS = {  # line: where it is in its work, what to lower where memory ends
+    "cls --overwrite": ("data.batches", "--batch-size, --size, --workers"),
+    "seg --overwrite": ("data.batches", "--batch-size, --crop, --workers"),
+    "pseudo --overwrite": ("make_pseudo.class_maps", "--batch-size, --size, --window, --workers"),
+    "eval --crf torch": ("evaluate.predict_log_probs", "--window, --workers")}
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory.")
+MANY_FILES = OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # and no damaged file
 
 
 @pytest.mark.parametrize("line", STOPS)
 def test_ctrl_c_is_one_line_and_exit_130(place, capsys, monkeypatch, line):
-    def leave(code):
-        raise SystemExit(code)
     before = contents()
-    monkeypatch.setattr(STOPS[line], raiser(KeyboardInterrupt))
-    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(STOPS[line][0], Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as ended:
         call(line)
     assert ended.value.code == 130
@@ -549,19 +543,16 @@ def test_ctrl_c_is_one_line_and_exit_130(place, capsys, monkeypatch, line):
     assert contents() == before
 
 
-@pytest.mark.parametrize("line, lower", [*zip(STOPS, (
-    "--batch-size, --size, --workers", "--batch-size, --crop, --workers",
-    "--batch-size, --size, --window, --workers", "--window, --workers"))])
-def test_too_little_memory_names_the_flags_to_lower(place, capsys, monkeypatch, line, lower):
-    monkeypatch.setattr(STOPS[line], raiser(torch.OutOfMemoryError("CUDA out of memory.")))
-    assert refusal(line, capsys) == f"error: out of memory: lower {lower}"
-
-
-@pytest.mark.parametrize("where, line", [("support.masks.Image.open", "cls --overwrite"),
-                                         ("support.checkpoints.torch.load", "pseudo")])
-def test_too_many_open_files_are_no_damaged_file(place, capsys, monkeypatch, where, line):
-    monkeypatch.setattr(where, raiser(OSError(errno.EMFILE, os.strerror(errno.EMFILE))))
-    assert "too many open files: lower --workers" in refusal(line, capsys)
+@pytest.mark.parametrize("line, where, error, told", [
+    *((line, where, NO_MEMORY, f"out of memory: lower {lower}")
+      for line, (where, lower) in STOPS.items()),
+    *((line, where, MANY_FILES, "too many open files: lower --workers") for line, where in (
+        ("cls --overwrite", "support.masks.Image.open"),
+        ("pseudo", "support.checkpoints.torch.load")))])
+def test_what_the_machine_lacks_names_the_flags_to_lower(place, capsys, monkeypatch, line, where,
+                                                         error, told):
+    monkeypatch.setattr(where, Mock(side_effect=error))
+    assert told in refusal(line, capsys)
 
 
 def still_runs(pid):
@@ -667,17 +658,14 @@ def test_images_of_other_kinds_and_sizes_go_through_all_stages(place, change, si
         assert read_mask("out.png", 9).shape == photo.size[::-1]
 
 
-def test_255_classes_are_not_too_many(place):
-    text(CLASSES, "background", *range(254))
-    assert len(data.Folder("data").classes) == 255
-
-
-def test_an_image_whose_name_ends_like_a_file_is_itself(place):
+def test_255_classes_and_a_name_that_ends_like_a_file_are_read(place):
+    text(CLASSES, *beetles.TOY_CLASSES, *range(246))
     os.rename(IMAGE, "data/JPEGImages/a.png.jpg")
     replace(LABELS, f"{FIRST} ", "a.png ")
     replace(TRAIN, f"{FIRST}\n", "a.png\n")
     folder = data.Folder("data")
-    assert folder.ids("train")[0] == "a.png" and folder.image_labels("a.png").sum() > 1
+    assert len(folder.classes) == 255 and folder.ids("train")[0] == "a.png"
+    assert folder.image_labels("a.png").sum() > 1
 
 
 def test_photos_are_read_upright_everywhere(place, capsys):
@@ -740,35 +728,37 @@ def restarted(mask):
 
 
 ONES, BACKGROUND = objects(np.ones_like), objects(np.zeros_like)
-RENUMBERED = [objects(restarted), "a class that their line .* does not name"]
+NO_OBJECT = "no class but background occurs"
+NOTES = [  # what is done, the call, what its note must say; None: there is no note
+    *((partial(renumber, objects(restarted)), line, "a class that their line .* does not name")
+      for line in ("masks", "pseudo")),
+    *((partial(renumber, objects(lambda mask: 255), split), line, NO_OBJECT)
+      for line, split in (("eval", "test"), ("masks", "train"))),
+    (partial(renumber, BACKGROUND), "masks", f"{NO_OBJECT} in data/Seg"),
+    (partial(renumber, objects(lambda mask: 9 - mask)), "masks", "numbered as in classes.txt"),
+    (partial(renumber, ONES), "masks", "lack one that it names"),
+    (partial(renumber, objects(lambda mask: mask - 1), "val"), "seg --overwrite", "does not name"),
+    (lambda: (relabel("background"), renumber(BACKGROUND)), "masks", None),
+    (lambda: (relabel(""), renumber(ONES)), "masks", "has none of the 8 images: truth and labels"),
+    (lambda: (relabel(""), renumber(BACKGROUND)), "masks", NO_OBJECT),
+    *((partial(os.rename, truth_of(name), f"{truth_of(name)}.tif"), line,
+       rf"1 of {count} images are not scored: .*has no {name}.png(.|\n)*{words}")
+      for line, name, count, words in (
+          ("masks", "train_00001", 8, ""), ("eval", "test_00001", 2, r"\(1 images"),
+          ("pseudo", "train_00001", 8, "num_images 7 "),
+          ("seg --overwrite", "val_00001", 2, "val_images 1 "))),
+    *((partial(add_line, VAL, FIRST), f"{line} --overwrite",
+       "1 of 3 images of val are trained on as well") for line in ("cls", "seg"))]
 
 
-@pytest.mark.parametrize("line, split, change, words", [
-    ("masks", "train", *RENUMBERED), ("pseudo", "train", *RENUMBERED),
-    ("eval", "test", objects(lambda mask: 255), "no class but background occurs"),
-    ("masks", "train", objects(lambda mask: 255), "no class but background occurs"),
-    ("masks", "train", BACKGROUND, "no class but background occurs in data/Seg"),
-    ("masks", "train", objects(lambda mask: 9 - mask), "numbered as in classes.txt"),
-    ("masks", "train", ONES, "lack one that it names"),
-    ("seg --overwrite", "val", objects(lambda mask: mask - 1), "does not name")])
-def test_truth_that_is_numbered_otherwise_is_told(place, capsys, line, split, change, words):
+@pytest.mark.parametrize("spoil, line, words", NOTES)
+def test_what_makes_a_score_mean_something_else_is_noted(place, capsys, spoil, line, words):
     call(line)
     assert "note:" not in capsys.readouterr().out
-    renumber(change, split)
+    spoil()
     call(line)
-    assert re.search(f"note: .*{words}", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize("label, change, words", [
-    ("background", BACKGROUND, None), ("", ONES, "has none of the 8 images: truth and labels"),
-    ("", BACKGROUND, "no class but background occurs")])
-def test_honest_background_has_no_note_and_unknown_labels_have_one(place, capsys, label, change,
-                                                                   words):
-    relabel(label)
-    renumber(change)
-    call("masks")
     told = capsys.readouterr().out
-    assert f"{words}" in told if words else "note:" not in told
+    assert re.search(f"note: .*{words}", told) if words else "note:" not in told, told
 
 
 def test_what_a_score_is_over_is_said_and_noted(place, capsys):
@@ -794,32 +784,6 @@ def test_truth_that_is_ignored_everywhere_scores_null_and_not_zero(place, capsys
         results = json.loads(Path(home, "results.json").read_text(), parse_constant=pytest.fail)
         assert results["miou"] is None and results["pixel_accuracy"] is None
         assert set(results["iou"].values()) == {None} and not np.any(results["confusion"])
-
-
-def test_scoring_the_truth_is_perfect_and_writes_nothing_there(place, capsys):
-    before = contents()
-    call("masks --masks data/SegmentationClass --split val")
-    assert "mIoU 100.00 %" in capsys.readouterr().out
-    assert contents() == before
-
-
-@pytest.mark.parametrize("line, split, words", [
-    ("masks", "train", ""), ("eval", "test", "(1 images"), ("pseudo", "train", "num_images 7 "),
-    ("seg --overwrite", "val", "val_images 1 ")])
-def test_a_score_over_part_of_a_split_says_what_is_missing(place, capsys, line, split, words):
-    path = Path(truth_of(f"{split}_00001"))
-    path.rename(path.with_suffix(".tif"))
-    call(line)
-    told = capsys.readouterr().out
-    assert re.search(rf"note: 1 of \d images are not scored: .*has no {split}_00001.png", told)
-    assert words in told
-
-
-def test_images_of_train_and_val_are_counted(place, capsys):
-    add_line(VAL, FIRST)
-    for line in ("cls --overwrite", "seg --overwrite"):
-        call(line)
-        assert "note: 1 of 3 images of val are trained on as well" in capsys.readouterr().out
 
 
 # --- two runs, torchrun's variables -------------------------------------------------------------
@@ -862,21 +826,7 @@ def test_torchruns_variables_are_read_as_a_set(place, capsys, monkeypatch, line,
     assert re.search(r"the environment has .*which is not what torchrun sets .*: unset it", told)
 
 
-# --- saved first, scored later; going on --------------------------------------------------------
-
-def test_an_epoch_is_saved_before_val_is_read(place, capsys):
-    whole = Path(image_of("val_00001")).read_bytes()
-    cut(image_of("val_00001"))
-    with pytest.raises(SystemExit, match="val_00001.jpg cannot be read"):
-        call("cls --run new --epochs 2")
-    assert torch.load("new/cls.pt", weights_only=True)["epoch"] == 1
-    assert json.loads(Path("new/log.jsonl").read_text())["loss"] > 0  # what is known is logged
-    write(whole, image_of("val_00001"))
-    capsys.readouterr()
-    call("cls --run new --epochs 2 --resume")
-    assert "going on from new/cls.pt (1 of 2)" in capsys.readouterr().out
-    assert torch.load("new/cls.pt", weights_only=True)["epoch"] == 2
-
+# --- going on ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("line, path, name", [("cls", CLS, "epoch"), ("seg", SEG, "step")])
 def test_a_loss_that_is_not_finite_does_not_wait_for_a_save(place, capsys, monkeypatch, line, path,
@@ -887,22 +837,18 @@ def test_a_loss_that_is_not_finite_does_not_wait_for_a_save(place, capsys, monke
         f"{line} --resume", capsys)
 
 
-@pytest.mark.parametrize("line, path", [("cls --resume", CLS), ("seg --resume", SEG)])
-def test_a_finished_run_says_so_on_another_machine_too(place, capsys, line, path):
-    before = contents()
-    call(f"{line} --workers 1 --no-amp --device cpu --data {place}/data")
-    assert f"{path} is finished: nothing to do" in capsys.readouterr().out
-    assert contents() == before
-
-
-def test_the_stages_go_on_where_the_data_moved(place, capsys):
-    before = Path(PSEUDO).read_bytes()
+def test_a_finished_run_says_so_and_masks_go_on_where_the_data_moved(place, capsys):
+    whole = Path(PSEUDO).read_bytes()
     os.remove(PSEUDO)
     os.rename("data", "moved")
     call("pseudo --data moved")
     assert "1 of 8 images done now" in capsys.readouterr().out
-    assert Path(PSEUDO).read_bytes() == before
-    call("seg --data moved --resume")
+    before = contents()
+    assert before[PSEUDO] == whole
+    for line, path in (("cls", CLS), ("seg", SEG)):
+        call(f"{line} --resume --workers 1 --no-amp --device cpu --data moved")
+        assert f"{path} is finished: nothing to do" in capsys.readouterr().out
+    assert contents() == before
 
 
 # --- a thousand damaged files ------------------------------------------------------------------
