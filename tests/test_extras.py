@@ -119,8 +119,10 @@ def test_a_study_runs_what_is_missing_and_nothing_twice(toy, tmp_path, calls, ca
     run_study(toy, tmp_path, *zero, "1")
     assert {run for _, run in calls} == {"s1", "no-max-norm"}
     assert "| without | - | 2 |" in (home / "max-norm-val.md").read_text()
-    with pytest.raises(UserError, match="other data or flags: choose another --out"):
-        study.main(study.parse_args(["max-norm", "--data", str(toy), "--out", str(tmp_path)]))
+    for other in (), ("--cls-flags", "--epochs 1 --batch-size 4", "--flags=--no-amp"):
+        with pytest.raises(UserError, match="other data or flags: choose another --out"):
+            study.main(study.parse_args(["max-norm", "--data", str(toy), "--out", str(tmp_path),
+                                         *other]))
 
     # --full: DeepLabv2 beside masks that asked for no --seg-flags
     seg, full = "--iterations 2 --batch-size 4 --val-images 2", [*zero, "--full", "--seg-flags"]
