@@ -225,7 +225,7 @@ def predict_split(args, model, checkpoint, device, crf):
                             constants=crf and crf | dict(backend=None))  # any backend
     ids, began, old = folder.ids(args.split), time.time(), read_settings(pred)
     fresh = bool(old) and old != settings  # else a killed run goes on where it stopped
-    todo = ids if fresh else unfinished(folder, ids, {pred: settings}, args.workers,
+    todo = ids if fresh else unfinished(ids, {pred: settings}, args.workers,
                                         "delete them, or choose another --run")
     results = map_in_workers(predict, segment_images(model, folder, todo, args, device, crf),
                              0 if device.type == "cuda" else args.workers)

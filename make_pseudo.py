@@ -122,7 +122,7 @@ def main(args):
     if crf:
         outputs[args.run / "pseudo"] = made_with | dict(crf=True) | crf | dict(backend=None)
     my_ids = ids[rank::world]
-    todo = my_ids if args.overwrite else unfinished(folder, my_ids, outputs, args.workers)
+    todo = my_ids if args.overwrite else unfinished(my_ids, outputs, args.workers)
 
     # --- masks: results come as the loop asks for them, in the order of todo ---
     began, workers = time.time(), 0 if device.type == "cuda" else args.workers

@@ -99,16 +99,15 @@ def same_settings(old, new):
     return (old | {"data": new.get("data")} if moved else old) == new
 
 
-def is_whole(image, *masks):
-    """Whether each of an image's masks is there, can be read, and is no older than the image."""
+def is_whole(*masks):
+    """Whether each of an image's masks is there and can be read."""
     try:
-        made = image.stat().st_mtime
-        return all(decode(path) and path.stat().st_mtime >= made for path in masks)
-    except (UserError, OSError):
+        return all(decode(path) for path in masks)
+    except UserError:
         return False
 
 
-def unfinished(folder, ids, outputs, workers=0,
+def unfinished(ids, outputs, workers=0,
                way_out="--overwrite replaces them, --run writes elsewhere"):
     """The ids without a whole mask in each directory of outputs {directory: settings of its masks}.
 
@@ -118,7 +117,7 @@ def unfinished(folder, ids, outputs, workers=0,
         if any(home.glob("*.png")) and not same_settings(read_settings(home), settings):
             raise UserError(f"{home} holds masks of other data, labels, weights or flags, or has "
                             f"no settings.json: {way_out}")
-    jobs = ([folder.image_path(i), *(home / f"{i}.png" for home in outputs)] for i in ids)
+    jobs = ([home / f"{i}.png" for home in outputs] for i in ids)
     return [i for i, whole in zip(ids, map_in_workers(is_whole, jobs, workers)) if not whole]
 
 

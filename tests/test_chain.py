@@ -246,17 +246,6 @@ def test_what_was_done_before_a_mistake_stays(place, capsys, victim, line, again
     assert told in capsys.readouterr().out
 
 
-def test_an_image_that_was_replaced_gets_another_mask(place, capsys):
-    call("pseudo")
-    assert "0 of 8 images done now" in capsys.readouterr().out
-    Image.new("RGB", (40, 30), "red").save("data/JPEGImages/train_00003.jpg")
-    Path("data/SegmentationClass/train_00003.png").unlink()
-    call("pseudo")
-    assert "1 of 8 images done now" in capsys.readouterr().out
-    with Image.open("run/pseudo/train_00003.png") as mask:
-        assert mask.size == (40, 30)
-
-
 def test_predictions_are_skipped_and_made_anew_with_other_settings_or_data(place, capsys):
     written = masks("run/pred")
     removed, kept = sorted(written)

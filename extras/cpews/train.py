@@ -367,7 +367,7 @@ def write_masks(args, device):
         known = made | dict(labels=folder.labels_hash(), image_labels_used=True, crf=False)
         outputs = {args.run / "cam": known, args.run / "pseudo": known} | outputs
     changed = {out: its for out, its in outputs.items() if read_settings(out) != its}
-    todo = ids if args.overwrite else unfinished(folder, ids, outputs, args.workers)
+    todo = ids if args.overwrite else unfinished(ids, outputs, args.workers)
 
     # --- masks and their scores ---
     jobs = run_network(model.to(device), folder, todo, args, device, constants, not unlabelled)
