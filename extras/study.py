@@ -64,7 +64,8 @@ STUDIES = {
                ("+ SSL at 0.05, U = N", "-", "cpews --ssl-weight 0.05 --ssl-pool all", "")],
     "ssl": [("no SSL", "-", "cpews --ssl-weight 0", "")] + [
         (f"U: {pool}, {weight}", "-", f"cpews --ssl-pool {pool} --ssl-weight {weight}", "")
-        for pool in ("unshared", "all") for weight in (0.001, 0.003, 0.01)],
+        for pool, weight in (("unshared", 0.001), ("unshared", 0.003), ("unshared", 0.01),
+                             ("all", 0.003))],
     "cpews5": [(f"block {a}", "-", "cpews" + f" --aux-block {a}" * (a != 3), "")
                for a in (2, 3, 4)],
     "cpews-fig3": [(name, "-", "cpews" + f" --backbone {name}" * (name != "ViT-B"), "")
