@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.backbones import (FrozenBatchNorm, Normalise, create_backbone, initialise,
-                               patch_grid)
+from support.backbones import FrozenBatchNorm, Normalise, create_backbone, initialise, patch_grid
 
 
 # --- CPF-CTE -----------------------------------------------------------------------------------
@@ -33,7 +32,8 @@ class RowsAndColumns(nn.Module):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         # two LSTMs, rows and columns, of two directions each: 4 times D/4 numbers
-        self.lstms = nn.ModuleList(bilstm(D, D // 4) for _ in range(2))
+        self.lstms = nn.ModuleList(nn.LSTM(D, D // 4, batch_first=True, bidirectional=True)
+                                   for _ in range(2))
         self.proj = nn.Linear(D, D)  # W_o, b_o
 
     def forward(self, tokens, class_tokens=None):                            # (B, h, w, D)
@@ -50,7 +50,7 @@ class RowMajor(nn.Module):
     def __init__(self, D, dropout):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        self.lstms = nn.ModuleList([bilstm(D, D // 2)])
+        self.lstms = nn.ModuleList([nn.LSTM(D, D // 2, batch_first=True, bidirectional=True)])
         self.proj = nn.Linear(D, D)
 
     def forward(self, tokens, class_tokens=None):
@@ -91,11 +91,6 @@ class LineMeans(nn.Module):
 CONTEXTS = {"hv": RowsAndColumns, "raster": RowMajor, "conv": Convolution, "pool": LineMeans}
 
 
-def bilstm(D, hidden):
-    """A bidirectional LSTM: D numbers a step in, `hidden` of each direction out."""
-    return nn.LSTM(D, hidden, batch_first=True, bidirectional=True)
-
-
 def scan(lstm, lines, class_tokens=None):
     """Let lstm read each of the lines (B, lines, steps, D) with the same weights.
 
@@ -120,7 +115,7 @@ class CPFCTE(FrozenBatchNorm):
         self.config = config
         self.backbone = create_backbone(config.backbone, "plain ViT of timm", pretrained, weights,
                                         num_classes=0, dynamic_img_size=True)
-        self.normalise = Normalise(self.backbone)
+        self.normalise, self.cell = Normalise(self.backbone), self.backbone.patch_embed.feat_ratio()
         D, C = self.backbone.embed_dim, config.num_classes
         if config.class_tokens != "none":
             self.class_tokens = nn.Parameter(torch.randn(C, D))  # T, of unit variance as P is
@@ -278,18 +273,11 @@ class DeepLabv2(FrozenBatchNorm):
             images, scale_factor=max(scale, one_pixel), mode="bilinear", align_corners=False)
             for scale in self.config.scales]
         pyramid = [self.logits(each) for each in scaled]
-        size = pyramid[0].shape[-2:]
-        resized = [F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-                   for logits in pyramid]
+        resized = [F.interpolate(logits, pyramid[0].shape[-2:], mode="bilinear",
+                                 align_corners=False) for logits in pyramid]
         return [*pyramid, torch.stack(resized).amax(dim=0)]
 
     def logits(self, images):
         """One scale: (B, 3, H, W) -> (B, C, H/stride, W/stride) float32."""
         features = self.backbone(self.normalise(images))[-1]
         return sum(conv(features) for conv in self.aspp).float()
-
-    def freeze_batch_norm(self):
-        """Keep the ImageNet statistics and scales of every batch norm."""
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval().requires_grad_(False)

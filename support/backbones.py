@@ -18,13 +18,13 @@ from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 
 from data import seeded
-from support.checkpoints import MADE_BY, load_checkpoint
+from support.checkpoints import MADE_BY
 from support.files import UserError, lack
 
 
 def ask_hub(name):
     """Say that the hub is asked for weights; where it cannot be reached, use its cache only."""
-    print(f"weights of {name}: from timm's hub, or its cache on this machine", flush=True)
+    print(f"weights of {name}: from timm's hub, or its cache on this machine")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         urllib.request.urlopen(hub.ENDPOINT, timeout=10).close()
@@ -54,19 +54,17 @@ def odd_weights():
         logger.setLevel(level)
 
 
-def numbered(names):
-    """{"layer3.7", ...}: the parts of a network that have a number, as blocks have."""
-    words = [name.split(".") for name in names if not name.endswith("num_batches_tracked")]
-    return {".".join(of[:k + 1]) for of in words for k, word in enumerate(of) if word.isdigit()}
+def stacks(name):
+    """{"stages", "stages.3.blocks"} for stages.3.blocks.0.weight: whose parts have numbers."""
+    return {name[:number.start()] for number in re.finditer(r"\.\d+(?=\.)", name)}
 
 
 def check_weights(name, model, missing, unexpected):
     """Refuse a file of another network or depth; a note where a weight outside its blocks lacks."""
-    own = [key for key in model.state_dict() if not key.endswith("num_batches_tracked")]
-    families = {block.rpartition(".")[0] for block in numbered(own)}
-    lacks = [key for key in missing if numbered([key])]
-    more = [key for key in unexpected
-            if {block.rpartition(".")[0] for block in numbered([key])} & families]
+    own = model.state_dict()
+    own_stacks = set().union(*map(stacks, own))
+    lacks = [key for key in missing if stacks(key)]
+    more = [key for key in unexpected if stacks(key) & own_stacks]
     few = f"{len(missing)} of its weights are not there, as {missing[0]}" if missing else ""
     if 2 * len(missing) > len(own):
         raise ValueError(few)
@@ -77,30 +75,29 @@ def check_weights(name, model, missing, unexpected):
         print(f"note: {name}: {few}; they start at random")
 
 
+SIGNS = (  # what a file holds that begins so, in small letters
+    ("a pointer of Git LFS: fetch the file itself, as with git lfs pull", b"version https://git-"),
+    ("a web page: download the file itself", b"<"),
+    ("text (JSON), not weights: download the file itself", b"{", b"["),
+    ("an archive: unpack it", b"\x1f\x8b", b"bzh", b"\xfd7z"))
+
+
 def looks_like(path):
-    """What a file of --weights is instead of weights, and the way out; "" if nothing is known."""
+    """What a file of --weights is instead of weights, and the way out; None if nobody knows."""
     with open(path, "rb") as file:
         head = file.read(512)
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if not head:
-        return "it is empty: copy it again"
-    if text.startswith(b"version https://git-lfs"):
-        return "it is a pointer of Git LFS: fetch the file itself, as with git lfs pull"
-    if text.startswith(b"<"):
-        return "it is a web page: download the file itself"
-    if text.startswith((b"{", b"[")):
-        return "it is text (JSON), not weights: download the file itself"
-    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7z")):
-        return "it is an archive: unpack it"
+        return "empty: copy it again"
+    for what, *starts in SIGNS:
+        if head.lstrip().lower().startswith(tuple(starts)):
+            return what
     if head[8:9] == b"{" and path.suffix != ".safetensors":
-        return "it is a safetensors file: give its name the ending .safetensors"
-    for kind, script in MADE_BY.items():
-        try:
-            load_checkpoint(path, kind)
-            return f"it is a checkpoint of {script}: --run takes its folder, --weights timm's file"
-        except UserError:
-            pass
-    return ""
+        return "a safetensors file: give its name the ending .safetensors"
+    try:
+        script = MADE_BY[torch.load(path, map_location="cpu", weights_only=True)["kind"]]
+        return f"a checkpoint of {script}: --run takes its folder, --weights timm's file"
+    except Exception:  # zip, pickle and torch each have their own
+        return None
 
 
 def create_backbone(name, kind, pretrained, weights=None, **kwargs):
@@ -128,18 +125,18 @@ def create_backbone(name, kind, pretrained, weights=None, **kwargs):
     except Exception as error:  # hub, network, file format: many types, one consequence
         if lack(error) or not (pretrained or weights):
             raise
-        told = str(error).removeprefix("Error(s) in loading state_dict for ") or "without a word"
-        reason = f"{type(error).__name__} {' '.join(told.split())}"[:120]
+        told = " ".join(str(error).removeprefix("Error(s) in loading state_dict for ").split())
+        reason = f"{type(error).__name__} {told}"[:120]
         if "weights_only" in told:
             reason = "it holds more than tensors: save the network's state_dict() alone"
-        sizes = re.search(r"size mismatch for (\S+):.*?Size\((.*?)\).*?Size\((.*?)\)", str(error))
+        sizes = re.search(r"size mismatch for (\S+):.*?Size\((.*?)\).*?Size\((.*?)\)", told)
         if sizes:
             reason = "its {} is {}, here it is {}".format(*sizes.groups())
         if weights:
             known = looks_like(Path(weights))
             file = timm.get_pretrained_cfg(name).hf_hub_id or name
             raise UserError(f"no weights for {name} from {weights}"
-                            + (f": {known}" if known else
+                            + (f": it is {known}" if known else
                                f" ({reason}): --weights takes the file of {file}"))
         raise UserError(f"no weights for {name} from the hub ({reason}): pass --weights FILE with "
                         "a local copy, or --no-pretrained for random ones")
@@ -168,6 +165,12 @@ class FrozenBatchNorm(nn.Module):
             if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
                 module.eval()
         return self
+
+    def freeze_batch_norm(self):
+        """Keep the statistics and scales of every batch norm, which are ImageNet's."""
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval().requires_grad_(False)
 
 
 def initialise(module):
@@ -198,12 +201,12 @@ def patch_grid(vit, height, width):
 
 
 # --- networks of ours, registered with timm: the hybrid of preset photo, the small ones of toy ---
-NO_WEIGHTS = dict(url="", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+BARE = dict(url="", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 default_cfgs = generate_default_cfgs({  # where timm looks for them
-    "vit_lite0": NO_WEIGHTS | dict(classifier="head", hf_hub_id="timm/tf_efficientnet_lite0.in1k"),
-    **{name: NO_WEIGHTS | dict(classifier="head", fixed_input_size=True)
+    "vit_lite0": BARE | dict(classifier="head", hf_hub_id="timm/tf_efficientnet_lite0.in1k"),
+    **{name: BARE | dict(classifier="head", fixed_input_size=True)
        for name in ("vit_toy", "vit_toy_linear")},
-    "resnet_toy": NO_WEIGHTS | dict(classifier="fc")})
+    "resnet_toy": BARE | dict(classifier="fc")})
 
 
 def _vit(name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs):
