@@ -141,7 +141,7 @@ def open_run(run):
 def log(run, stage, **values):
     """Print one line of results and append the same values to RUN/log.jsonl."""
     shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-    print(f"{stage}  " + "  ".join(shown), flush=True)
+    print(f"{stage}  " + "  ".join(shown))
     path = run / "log.jsonl"
     before = read_text(path).splitlines() if path.is_file() else []
     write_lines(path, [*before, json.dumps({"stage": stage, **values})])

@@ -2,7 +2,6 @@
 import ctypes
 import multiprocessing as mp
 import os
-import shutil
 import signal
 import sys
 from datetime import timedelta
@@ -19,7 +18,7 @@ from support.files import UserError, lack
 def launch(main, args):
     """Call main(args); a mistake, a lack of memory or disk, or Ctrl-C ends it in one line."""
     for stream in (sys.stdout, sys.stderr):  # a class's name may be none of the console's letters
-        stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main(args)
     except UserError as error:
@@ -30,7 +29,7 @@ def launch(main, args):
             raise
         sys.exit(f"error: {told or error}")
     except KeyboardInterrupt:
-        print("interrupted: what is written stays", file=sys.stderr, flush=True)
+        print("interrupted: what is written stays", file=sys.stderr)
         for worker in mp.active_children():
             worker.kill()
         os._exit(130)  # at once: no queue is computed to its end
@@ -38,7 +37,7 @@ def launch(main, args):
         dist.destroy_process_group()
 
 
-TORCHRUN = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT".split()
+TORCHRUN = "RANK WORLD_SIZE LOCAL_RANK MASTER_PORT MASTER_ADDR".split()
 
 
 def place():
@@ -47,8 +46,7 @@ def place():
     if not {*found} & {*TORCHRUN[:3]}:
         return 0, 1, 0
     try:
-        numbers = "RANK WORLD_SIZE LOCAL_RANK MASTER_PORT".split()
-        rank, world, local_rank, port = (int(found.get(name, "?")) for name in numbers)
+        rank, world, local_rank, port = (int(found.get(name, "?")) for name in TORCHRUN[:4])
         if 0 <= rank < world and local_rank >= 0 and 0 < port < 65536 and found.get("MASTER_ADDR"):
             return rank, world, local_rank
     except ValueError:
@@ -76,7 +74,7 @@ def join_processes(name="auto"):
     if world > 1:  # the long timeout: ranks wait while others finish their CRFs or rank 0 scores
         cuda = dict(backend="nccl", device_id=device) if device.type == "cuda" else {}
         if rank == 0:
-            print(f"rank 0 of {world} waits for the others", flush=True)
+            print(f"rank 0 of {world} waits for the others")
         dist.init_process_group(**{"backend": "gloo", **cuda}, timeout=timedelta(hours=12))
     return device, rank, world
 
@@ -84,13 +82,7 @@ def join_processes(name="auto"):
 def wrap_for_training(model, args, world):
     """The network that trains: model, over several ranks if there are, compiled if asked for."""
     network = DistributedDataParallel(model) if world > 1 else model
-    if not args.compile:
-        return network
-    words = "CC gcc clang" if torch.cuda.is_available() else "CXX g++ clang++"
-    variable, *names = words.split()
-    if not any(map(shutil.which, [*names, os.environ.get(variable, names[0])])):
-        raise UserError(f"--compile needs {' or '.join(names)}: install one, or leave the flag out")
-    return torch.compile(network, dynamic=False)
+    return torch.compile(network, dynamic=False) if args.compile else network
 
 
 def ignore_interrupts(worker):

@@ -68,7 +68,7 @@ def note_shared(ids, val_ids):
     shared = len({*ids} & {*val_ids})
     if shared:
         print(f"note: {shared:,} of {len(val_ids):,} images of val are trained on as well: its "
-              "score is too good", flush=True)
+              "score is too good")
 
 
 def note_truth(folder, missing, confusion, about):
@@ -76,14 +76,14 @@ def note_truth(folder, missing, confusion, about):
     where, n, known = folder.root / "SegmentationClass", about["num_images"], about["compared"]
     if missing:
         print(f"note: {len(missing):,} of {len(missing) + n:,} images are not scored: {where} has "
-              f"no {min(missing)}.png", flush=True)
+              f"no {min(missing)}.png")
     if not confusion[1:].any() and (about["lacking"] or not known):
         print(f"note: no class but background occurs in {where}: are its objects 255, or is it of "
-              "other images?", flush=True)
+              "other images?")
     elif not known:
         print(f"note: image_labels.txt has none of the {n:,} images: truth and labels are not "
-              "compared", flush=True)
+              "compared")
     elif about["unnamed"] or about["lacking"]:
         print(f"note: the truth of {about['unnamed']:,} of {known:,} images holds a class that "
               f"their line in image_labels.txt does not name, {about['lacking']:,} lack one that "
-              "it names: are the masks numbered as in classes.txt?", flush=True)
+              "it names: are the masks numbered as in classes.txt?")
