@@ -11,7 +11,6 @@ Writes: RUN/pred/ID.png, RUN/results.json, RUN/figure.png; with --masks results.
 Result: mIoU 58.6 (sd 1.0, 5 seeds) on test of the beetles, without CRF, from stages 1 to 3
 """
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +21,11 @@ from datasets.beetles import part_recall
 from model import upsample
 from support.checkpoints import check_finite
 from support.crf import add_crf_flags, crf_settings, dense_crf
-from support.files import UserError, file_hash, git_commit, open_run, progress, write_lines
+from support.files import UserError, file_hash, git_commit, open_run, write_lines
 from support.flags import common_flags
 from support.inference import load_model, slide
-from support.masks import (IGNORE, claim_folders, export, mask_in, read_image, read_mask,
-                           read_settings, save_mask, unfinished)
+from support.masks import (IGNORE, export, mask_in, read_image, read_mask, read_settings,
+                           unfinished, write_masks)
 from support.pictures import draw_stages, segment_photo
 from support.processes import join_processes, launch, map_in_workers
 from support.scores import boundary_iou, note_truth
@@ -116,30 +115,32 @@ def score_masks(folder, ids, directory, workers=0, notes=True):
     return confusion, about
 
 
-def results_of(folder, split, directory, workers):
-    """What results.json says of directory's masks on a split."""
-    ids = folder.ids(split)
-    confusion, about = score_masks(folder, ids, directory, workers)
+def report(args, folder, directory):
+    """Score directory's masks: print the table, write results.json if stage 2 or 4 made them."""
+    ids, made_with = folder.ids(args.split), read_settings(directory)
+    confusion, about = score_masks(folder, ids, directory, args.workers)
     if not about["num_images"]:
         raise UserError(f"no ground truth to score: {folder.root}/SegmentationClass has none of "
-                        f"the masks of {split}")
-    iou, contours = iou_per_class(confusion), boundary_iou(folder, ids, directory, workers)
+                        f"the masks of {args.split}")
+    iou, contours = iou_per_class(confusion), boundary_iou(folder, ids, directory, args.workers)
     results = dict(
-        split=split, **about, miou=miou(confusion), iou=by_name(folder, iou),
+        {name: made_with.get(name) for name in ("checkpoint", "crf", "image_labels_used", "seed")},
+        masks=str(directory), split=args.split, **about, miou=miou(confusion),
+        iou=by_name(folder, iou), boundary_iou=by_name(folder, contours),
         boundary_miou=float(np.nanmean(contours)) if confusion.any() else None,
-        boundary_iou=by_name(folder, contours),
         pixel_accuracy=float(np.trace(confusion) / confusion.sum()) if confusion.any() else None,
         ignore_policy="truth 255 is left out; a predicted 255 is a miss",
         git_commit=git_commit(), confusion=confusion.tolist())
     if (folder.root / "Parts/names.txt").is_file():  # of the beetles
         results["part_recall"] = part_recall(folder, ids, directory)
-    return results
+    if made_with:
+        write_lines((args.masks or args.run) / "results.json", [json.dumps(results)])
+    print_table(results)
 
 
 def by_name(folder, values):
     """{class name: value, None for NaN}."""
-    return {name: None if np.isnan(value) else value
-            for name, value in zip(folder.classes, values.tolist())}
+    return dict(zip(folder.classes, np.where(np.isnan(values), None, values).tolist()))
 
 
 def print_table(results):
@@ -157,11 +158,11 @@ def print_table(results):
     print(f"mIoU {_percent(results['miou'])} %  pixel accuracy "
           f"{_percent(results['pixel_accuracy'])} %  boundary IoU "
           f"{_percent(results['boundary_miou'])} %  | "
-          f"{results['checkpoint'] or results['masks']} on {results['split']} "
+          f"{results['masks']} on {results['split']} "
           f"({results['num_images']:,} images, {results['classes_scored']} of "
           f"{len(results['iou'])} classes), CRF: {word[results['crf']]}, image labels used at "
           f"inference: {word[results['image_labels_used']]}, truth 255 left out, predicted 255 a "
-          f"miss ({missed:.1f} % of pixels)", flush=True)
+          f"miss ({missed:.1f} % of pixels)")
 
 
 # --- prediction --------------------------------------------------------------------------------
@@ -215,43 +216,25 @@ def segment_images(model, folder, ids, args, device, crf):
         yield logits if device.type == "cuda" else logits.cpu().numpy(), image, crf
 
 
-def predict_split(args, model, checkpoint, device, crf):
-    """Write RUN/pred/ID.png of every image of the split; (Folder, what results.json says of it)."""
-    folder, pred = Folder(args.data, checkpoint), args.run / "pred"
-    about = dict(checkpoint=str(args.run / "seg.pt"), masks=str(pred), crf=crf is not None,
-                 image_labels_used=False, seed=checkpoint["args"]["seed"])
-    settings = about | dict(data=str(args.data.resolve()), seg=file_hash(args.run / "seg.pt"),
-                            window=args.window, stride=args.stride,
-                            constants=crf and crf | dict(backend=None))  # any backend
-    ids, began, old = folder.ids(args.split), time.time(), read_settings(pred)
+def predict_split(args, model, folder, seed, device, crf):
+    """Write RUN/pred/ID.png of every image of the split; seed is that of the network."""
+    pred, seg = args.run / "pred", args.run / "seg.pt"
+    settings = dict(checkpoint=str(seg), masks=str(pred), crf=crf is not None, seed=seed,
+                    image_labels_used=False, data=str(args.data.resolve()), seg=file_hash(seg),
+                    window=args.window, stride=args.stride,
+                    constants=crf and crf | dict(backend=None))  # any backend
+    ids, old = folder.ids(args.split), read_settings(pred)
     fresh = bool(old) and old != settings  # else a killed run goes on where it stopped
     todo = ids if fresh else unfinished(ids, {pred: settings}, args.workers,
                                         "delete them, or choose another --run")
-    results = map_in_workers(predict, segment_images(model, folder, todo, args, device, crf),
-                             0 if device.type == "cuda" else args.workers)
-    results = progress(claim_folders(results, {pred: settings}, fresh), args.split, len(todo))
-    for mask, image_id in zip(results, todo):
-        save_mask(pred / f"{image_id}.png", mask)
-    print(f"evaluate  {len(todo):,} of {len(ids):,} images done now, "
-          f"{time.time() - began:.0f} s, CRF: {crf['backend'] if crf else 'none'}", flush=True)
-    return folder, about
-
-
-# --- the stage ---------------------------------------------------------------------------------
-def score_folder(args):
-    """Score --masks; results.json is written only beside masks of stage 2 or 4."""
-    made = read_settings(args.masks)
-    about = dict(checkpoint=None, masks=str(args.masks))
-    about |= {name: made.get(name) for name in ("crf", "image_labels_used", "seed")}
-    results = about | results_of(Folder(args.data), args.split, args.masks, args.workers)
-    if made:
-        write_lines(args.masks / "results.json", [json.dumps(results)])
-    print_table(results)
+    jobs = segment_images(model, folder, todo, args, device, crf)
+    results = map_in_workers(predict, jobs, 0 if device.type == "cuda" else args.workers)
+    write_masks(([mask] for mask in results), todo, {pred: settings}, fresh, crf, len(ids))
 
 
 def main(args):
     if args.masks and not args.image:
-        return score_folder(args)
+        return report(args, Folder(args.data), args.masks)
     device, _, world = join_processes(args.device)
     if world > 1:
         raise UserError("evaluate.py is one process: call it without torchrun")
@@ -266,12 +249,11 @@ def main(args):
     if args.image:
         return segment_photo(args, _segment, checkpoint["classes"])
     open_run(args.run)
-    folder, about = predict_split(args, model, checkpoint, device, crf)
+    folder = Folder(args.data, checkpoint)
+    predict_split(args, model, folder, checkpoint["args"]["seed"], device, crf)
     if args.export:
         return export(args.run, args.split, folder.ids(args.split), crf)
-    results = about | results_of(folder, args.split, args.run / "pred", args.workers)
-    write_lines(args.run / "results.json", [json.dumps(results)])
-    print_table(results)
+    report(args, folder, args.run / "pred")
     print(f"written: {args.run}/pred, {args.run}/results.json")
     draw_stages(args.run, folder, _segment, "DeepLabv2 + CRF" if crf else "DeepLabv2")
 

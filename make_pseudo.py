@@ -8,20 +8,17 @@ Writes: RUN/bpm/ID.png     baseline pseudo masks: argmax of the upsampled maps (
 Result: mIoU 57.2 (sd 0.9, 5 seeds) and 69.2 (1.2) on train of the beetles, 25 s on two Xeon cores
 A killed run goes on where it stopped: masks that are already written are skipped.
 """
-import argparse
-import time
-
 import torch
-import torch.distributed as dist
 
 from data import Folder, Images, as_input, loader
 from evaluate import miou, score_masks
 from model import upsample
+from support.checkpoints import check_finite
 from support.crf import add_crf_flags, crf_settings, dense_crf
-from support.files import UserError, file_hash, log, open_run, progress
+from support.files import file_hash, log, open_run
 from support.flags import common_flags, number
 from support.inference import load_model, slide
-from support.masks import claim_folders, save_mask, unfinished
+from support.masks import unfinished, write_masks
 from support.processes import join_processes, launch, map_in_workers
 from support.tokens import add_tokens_flag, keep_tokens, learning_blocks
 
@@ -72,24 +69,21 @@ def pseudo_masks(image, present, maps, crf):
     if crf is None:
         return [bpm]
     refined = dense_crf(image, probs, **crf)                     # Sec. 0.3.4
-    return bpm, present[refined.argmax(0)].cpu().numpy()
+    return [bpm, present[refined.argmax(0)].cpu().numpy()]
 
 
 @torch.no_grad()
 def classify_patches(model, dataset, args, device, crf):
     """Run the patch classifier over the images; yields the arguments of pseudo_masks."""
-    patch = model.backbone.patch_embed.feat_ratio()
     for items in loader(dataset, args, device, batch_size=args.batch_size, collate_fn=list):
         image_ids, originals, images = zip(*items)
         images = as_input(torch.stack(images), device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            patch_probs = slide(model, images, patch, args.window, args.stride)  # Eq. (1) to (7)
-        if not patch_probs.isfinite().all():
-            raise UserError(f"{args.run}/cls.pt gives numbers that are not finite: train it again "
-                            "with a lower --lr")
-        for image_id, image, Y in zip(image_ids, originals, patch_probs):
+            Y = slide(model, images, model.cell, args.window, args.stride)  # Eq. (1) to (7)
+        check_finite(Y, model)
+        for image_id, image, Y_i in zip(image_ids, originals, Y):
             image_labels = dataset.folder.image_labels(image_id).to(device)
-            present, maps = class_maps(Y, image_labels, args.max_norm)
+            present, maps = class_maps(Y_i, image_labels, args.max_norm)
             if device.type != "cuda":  # arrays travel well to worker processes
                 present, maps = present.cpu().numpy(), maps.cpu().numpy()
             yield image, present, maps, crf
@@ -103,8 +97,7 @@ def main(args):
     open_run(args.run)
     model, train_args = model.to(device), checkpoint["args"]
     if args.size is None:
-        patch = model.backbone.patch_embed.feat_ratio()
-        args.size = max(1, round(args.size_ratio * train_args["size"] / patch)) * patch
+        args.size = max(1, round(args.size_ratio * train_args["size"] / model.cell)) * model.cell
     folder = Folder(args.data, checkpoint)
     if rank == 0 and checkpoint["epoch"] < train_args["epochs"]:
         print(f"note: cls.pt is of epoch {checkpoint['epoch']} of {train_args['epochs']}")
@@ -114,37 +107,26 @@ def main(args):
 
     # --- what is there already ---
     crf = crf_settings(args, device)
-    made_with = dict(cls=file_hash(args.run / "cls.pt"), data=str(args.data.resolve()),
-                     labels=folder.labels_hash(), size=args.size, window=args.window,
-                     stride=args.stride, max_norm=args.max_norm, image_labels_used=True,
-                     seed=train_args["seed"])
+    made_with = dict(
+        cls=file_hash(args.run / "cls.pt"), data=str(args.data.resolve()), size=args.size,
+        labels=folder.labels_hash(), window=args.window, stride=args.stride,
+        max_norm=args.max_norm, image_labels_used=True, seed=train_args["seed"])
     outputs = {args.run / "bpm": made_with | dict(crf=False)}
     if crf:
         outputs[args.run / "pseudo"] = made_with | dict(crf=True) | crf | dict(backend=None)
     my_ids = ids[rank::world]
     todo = my_ids if args.overwrite else unfinished(my_ids, outputs, args.workers)
 
-    # --- masks: results come as the loop asks for them, in the order of todo ---
-    began, workers = time.time(), 0 if device.type == "cuda" else args.workers
+    # --- masks ---
     dataset = Images(folder, todo, args.size)
     if args.tokens:
-        blocks = learning_blocks(argparse.Namespace(**train_args))
-        keep_tokens(dataset, model, blocks, args, device)
+        keep_tokens(dataset, model, learning_blocks(train_args), args, device)
     jobs = classify_patches(model, dataset, args, device, crf)
-    results = claim_folders(map_in_workers(pseudo_masks, jobs, workers), outputs, args.overwrite)
-    results = progress(results, f"masks of {args.split}", len(todo), disable=rank > 0)
-    for masks, image_id in zip(results, todo):
-        for out, mask in zip(outputs, masks):
-            save_mask(out / f"{image_id}.png", mask)
-    if world > 1:
-        dist.barrier()
+    results = map_in_workers(pseudo_masks, jobs, 0 if device.type == "cuda" else args.workers)
+    write_masks(results, todo, outputs, args.overwrite, crf, len(my_ids))
 
     # --- score: the last two rows of Table 1 ---
     if rank == 0:
-        whose = " of rank 0" if world > 1 else ""
-        print(f"make_pseudo  {len(todo):,} of {len(my_ids):,} images{whose} done now, "
-              f"{time.time() - began:.0f} s, CRF: {crf['backend'] if crf else 'none'}, masks in "
-              f"{' and '.join(map(str, outputs))}", flush=True)
         rows = ("BPM, CPF-CTE w/o CRF in Table 1", "CRF, CPF-CTE in Table 1")
         for out, name in zip(outputs, rows):
             confusion, about = score_masks(folder, ids, out, args.workers, name == rows[0])

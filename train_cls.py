@@ -11,8 +11,8 @@ import time
 
 import torch
 
-from data import (AUGMENT, Folder, LabelledImages, as_input, loader, sub_seed, training_batches)
-from model import (CPFCTE, ClassifierConfig, border_and_centre, classification_loss,
+from data import AUGMENT, Folder, LabelledImages, as_input, loader, sub_seed, training_batches
+from model import (CONTEXTS, CPFCTE, ClassifierConfig, border_and_centre, classification_loss,
                    pool_by_place, pool_patches)
 from support.checkpoints import (check_loss, finite_mean_loss, open_checkpoint, restore,
                                  save_checkpoint)
@@ -40,29 +40,25 @@ def parse_args(argv=None):
         "all: every token for every patch, which is a bias; append: tokens join the BiLSTM's "
         "lines; none: Table 4", choices=("soft", "all", "append", "none"))
     add("--context", "hv", "Eq. (3) to (6). hv: BiLSTMs along rows and columns; raster: one along "
-        "the row-major sequence; none: Table 4. Not in the paper, without recurrence: conv, a "
-        "depthwise 7x7; pool, means of row and column",
-        choices=("hv", "raster", "conv", "pool", "none"))
+        "the row-major sequence; none: Table 4. Not in the paper: conv, a depthwise 7x7; pool, "
+        "means of row and column", choices=(*CONTEXTS, "none"))
     add("--dropout", 0.2, "before the BiLSTM and before the classifier", toy=0.0, high=0.99)
     add("--pool", "topk", "Eq. (8), Table 5", choices=("topk", "max", "avg"))
     add("--top-k", 6, "K in Eq. (8): 1 is max pooling, all patches is average pooling", toy=12,
         photo=50, low=1)
     add("--centre-steps", 10, "first steps, which instead of Eq. (8) pool background from the "
-        "border of the images and every other class from their centre; 0: none", toy=0)
+        "border of the images and every other class from their centre", toy=0)
     add("--epochs", 50, "passes over the training images", toy=6, voc_small=12, photo=1, low=1)
     add("--batch-size", 16, "images of one step, over all ranks together", low=1)
-    add("--frozen-epochs", 2, "first epochs, in which the backbone does not learn", toy=0,
-        photo=0)
-    add("--train-blocks", 5, "last blocks trained after that; above the ViT's depth: all of it",
-        toy=5, photo=0)
+    add("--frozen-epochs", 2, "first epochs, in which the backbone does not learn", toy=0, photo=0)
+    add("--train-blocks", 5, "last blocks trained after that; above the ViT's depth: all", photo=0)
     add_tokens_flag(add)
     add("--schedule", "two-stage", "two-stage: --lr for the first two epochs, --late-lr after; "
         "cosine: a warm-up of one epoch to --lr, then down to --late-lr", toy="cosine",
         choices=("two-stage", "cosine"))
-    add("--lr", 1e-3, "Adam's learning rate at first", toy=1e-3, low=1e-9, high=10)
+    add("--lr", 1e-3, "Adam's learning rate at first", low=1e-9, high=10)
     add("--late-lr", 1e-4, "Adam's learning rate later", toy=0.0, high=10)
-    add("--module-lr", 1.0, "rate of class tokens and context as a multiple of the others'",
-        photo=0.1, high=1000)
+    add("--module-lr", 1.0, "factor on the rate of class tokens and context", photo=0.1, high=1000)
     args = flags.parse(argv)
     if args.class_tokens == "append" and args.context not in ("hv", "raster"):
         flags.error("--class-tokens append needs --context hv or raster: without a BiLSTM the "
@@ -90,16 +86,6 @@ def learning_rate(args, step, steps_per_epoch):
     return min(warm_up, 1) * cosine
 
 
-def open_val(args, folder, ids, rank):
-    """The images that score each epoch, or None; a note where some are trained on as well."""
-    if args.val_split == "none":
-        return None
-    val = LabelledImages(folder, folder.ids(args.val_split), args.size)
-    if rank == 0:
-        note_shared(ids, val.ids)
-    return val
-
-
 @torch.no_grad()
 def validate(model, dataset, args, device):
     """{name: value} of a split, by its image labels alone.
@@ -108,21 +94,20 @@ def validate(model, dataset, args, device):
     centre_background: the background share of these patches; a note if they look exchanged.
     """
     model.eval()
-    scores, shares = [], []
+    scores, background = [], []
     in_order = [(index, 0) for index in range(len(dataset))]  # (index, number of the draw)
     for images, _ in loader(dataset, args, device, batch_size=args.batch_size, sampler=in_order):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            patch_probs = model(as_input(images, device))
-        scores.append(pool_patches(patch_probs, args.pool, args.top_k))
-        background = (patch_probs.argmax(dim=-1) == 0).float()  # (B, h, w)
-        border, centre = border_and_centre(*background.shape[1:])
-        shares.append(torch.stack([background[:, border].mean(1), background[:, centre].mean(1)]))
+            Y = model(as_input(images, device))                       # (B, h, w, C)
+        scores.append(pool_patches(Y, args.pool, args.top_k))
+        background.append((Y.argmax(dim=-1) == 0).float())            # (B, h, w)
     model.train()
-    border, centre = torch.cat(shares, dim=1).mean(dim=1).tolist()
+    background = torch.cat(background)                                # (n, h, w)
+    border, centre = (background[:, place].mean().item()
+                      for place in border_and_centre(*background.shape[1:]))
     if border < centre - 0.05:
-        print(f"note: less background at the border of the images ({border:.2f}) than in their "
-              f"centre ({centre:.2f}): object and background look exchanged. Train again with "
-              "more --centre-steps or another --seed", flush=True)
+        print(f"note: {border:.2f} of the border, {centre:.2f} of the centre is background: object "
+              "and background look exchanged. Train with more --centre-steps or another --seed")
     return dict(val_map=mean_average_precision(torch.cat(scores).cpu(), dataset.labels),
                 border_background=border, centre_background=centre)
 
@@ -134,7 +119,10 @@ def main(args):
     folder = Folder(args.data)
     ids = folder.ids(args.train_split)
     train = LabelledImages(folder, ids, args.size, args.augment, args.seed)
-    val = open_val(args, folder, ids, rank)
+    val = None if args.val_split == "none" else LabelledImages(
+        folder, folder.ids(args.val_split), args.size)
+    if val and rank == 0:
+        note_shared(ids, val.ids)
     steps_per_epoch = len(ids) // args.batch_size
 
     # --- model ---
@@ -149,7 +137,7 @@ def main(args):
     first_epoch = checkpoint["epoch"] if checkpoint else 0
     restore(path, checkpoint, model=model, optimizer=optimizer)
     for dataset in [each for each in (train, val) if each and args.tokens]:
-        keep_tokens(dataset, model, learning_blocks(args), args, device)
+        keep_tokens(dataset, model, learning_blocks(vars(args)), args, device)
 
     # --- train ---
     for epoch in range(first_epoch, args.epochs):

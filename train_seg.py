@@ -46,18 +46,15 @@ def parse_args(argv=None):
     add("--output-stride", 8, "pixels of the image to one of the network's outputs", photo=16,
         choices=(8, 16, 32))
     add("--scales", [1.0, 0.75, 0.5], "input scales that the loss and the maximum are over; the "
-        "first is the reference", toy=[1.0], voc_small=[1.0], photo=[1.0], nargs="+", low=0.01,
-        high=100)
+        "first is the reference", toy=[1.0], voc_small=[1.0], nargs="+", low=0.01, high=100)
     add("--rates", [6, 12, 18, 24], "dilations of ASPP", toy=[1, 2, 3, 4],
         photo=[1, 2, 3, 4], nargs="+", low=1)
     add("--freeze-bn", True, "keep the batch norms of the ImageNet weights", toy=False)
     add("--batch-size", 10, "images of one iteration, over all ranks together", low=1)
     add("--iterations", 20000, "optimiser steps; the poly decay ends there", coco=100000, toy=1500,
         voc_small=1500, photo=1200, low=1)
-    add("--save-every", 1000, "iterations between two checkpoints", coco=5000, toy=500, photo=400,
-        low=1)
-    add("--lr", 2.5e-4, "of the backbone, before the poly decay", toy=0.02, photo=0.002, low=1e-9,
-        high=10)
+    add("--save-every", 1000, "iterations between saves", coco=5000, toy=500, photo=400, low=1)
+    add("--lr", 2.5e-4, "the backbone's rate at first", toy=0.02, photo=0.002, low=1e-9, high=10)
     add("--warm-up", 0, "first iterations, over which the rates rise linearly", toy=50, photo=100)
     add("--aspp-lr", 10.0, "ASPP's rate as a multiple of --lr; its biases get twice that", toy=1.0,
         photo=0.03, high=1000)
@@ -86,9 +83,8 @@ def multi_scale_loss(outputs, masks, world=1):
     masks (B, H, W) int64 are resized to each output by nearest neighbour. With several ranks the
     mean is over the pixels of all of them, so that the gradient is that of one process.
     """
-    sizes = [logits.shape[-2:] for logits in outputs]
-    targets = [F.interpolate(masks[:, None].float(), size, mode="nearest-exact")[:, 0].long()
-               for size in sizes]
+    targets = [F.interpolate(masks[:, None].float(), logits.shape[-2:], mode="nearest-exact")
+               .squeeze(1).long() for logits in outputs]
     pixels = torch.stack([(target != IGNORE).sum() for target in targets]).float()
     if world > 1:
         dist.all_reduce(pixels)
@@ -101,20 +97,17 @@ def multi_scale_loss(outputs, masks, world=1):
 def open_val(args, folder, ids, rank):
     """The val images with a true mask. Reading all masks now reveals damaged files."""
     val_ids = [] if args.val_split == "none" else folder.ids(args.val_split)[:args.val_images]
-    val = Images(folder, val_ids)
     if rank == 0:
-        note_shared(ids, val.ids)
-        score_masks(folder, val.ids, folder.root / "SegmentationClass")  # only reads and checks
-    val.ids = [i for i in val_ids if folder.mask_path(i).is_file()]
-    return val
+        note_shared(ids, val_ids)
+        score_masks(folder, val_ids, folder.root / "SegmentationClass")  # only reads and checks
+    return Images(folder, [i for i in val_ids if folder.mask_path(i).is_file()])
 
 
 def validate(model, val, args, device):
     """mIoU over the images of val, without CRF; None where there is no ground truth."""
     folder, C = val.folder, len(val.folder.classes)
     confusion = np.zeros((C, C + 1), np.int64)
-    for index, image_id in enumerate(val.ids):
-        image = np.array(val.read(index))
+    for image_id, image, _ in val:
         truth = read_mask(folder.mask_path(image_id), C, image.shape[1::-1])
         mask = predict(predict_log_probs(model, image, device, args.amp), image)
         confusion += confusion_matrix(mask, truth, C)

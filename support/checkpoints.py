@@ -59,7 +59,7 @@ def open_checkpoint(args, kind, end, **inputs):
             raise UserError(f"{path} was made with --{flag} {old}, now it is {now}: {way_out}")
     done = checkpoint["epoch" if kind == "cls" else "step"]
     print(f"{path} is finished: nothing to do" if done >= end else
-          f"going on from {path} ({done} of {end})", flush=True)
+          f"going on from {path} ({done} of {end})")
     return path, checkpoint
 
 
@@ -87,7 +87,8 @@ LOOK = 50  # steps between two looks at the loss, each of which waits for the GP
 def check_finite(logits, model):
     """End where a network gives numbers that are not finite."""
     if not logits.isfinite().all():
-        raise UserError(f"{type(model).__name__} gives numbers that are not finite: lower --lr")
+        raise UserError(f"{type(model).__name__} gives numbers that are not finite: train it again "
+                        "with a lower --lr")
 
 
 def check_loss(total, step, path):

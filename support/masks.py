@@ -1,6 +1,7 @@
 """Images and masks as files, and folders of masks that a killed run goes on with."""
 import json
 import shutil
+import time
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -9,7 +10,8 @@ import numpy as np
 import torch.distributed as dist
 from PIL import Image, ImageOps
 
-from support.files import UserError, atomic, first_file, lack, read_text, write_lines
+from support.files import (UserError, atomic, first_file, lack, progress, read_text,
+                           write_lines)
 from support.processes import map_in_workers
 
 IGNORE = 255  # the mask value that is never trained on and never scored
@@ -93,12 +95,6 @@ def read_settings(folder):
         raise UserError(f"{note} is damaged: delete it and the masks beside it")
 
 
-def same_settings(old, new):
-    """Whether masks were made so; the data may have moved since, if the labels are known."""
-    moved = "data" in old and "labels" in new and not Path(old["data"]).exists()
-    return (old | {"data": new.get("data")} if moved else old) == new
-
-
 def is_whole(*masks):
     """Whether each of an image's masks is there and can be read."""
     try:
@@ -111,10 +107,14 @@ def unfinished(ids, outputs, workers=0,
                way_out="--overwrite replaces them, --run writes elsewhere"):
     """The ids without a whole mask in each directory of outputs {directory: settings of its masks}.
 
-    Refuses to add to masks that were made with other settings, or nobody knows how.
+    Refuses to add to masks that were made with other settings, or nobody knows how; but the data
+    may have moved since, if the labels are known.
     """
     for home, settings in outputs.items():
-        if any(home.glob("*.png")) and not same_settings(read_settings(home), settings):
+        old = read_settings(home)
+        if "data" in old and "labels" in settings and not Path(old["data"]).exists():
+            old["data"] = settings["data"]
+        if any(home.glob("*.png")) and old != settings:
             raise UserError(f"{home} holds masks of other data, labels, weights or flags, or has "
                             f"no settings.json: {way_out}")
     jobs = ([home / f"{i}.png" for home in outputs] for i in ids)
@@ -135,6 +135,21 @@ def claim_folders(results, outputs, overwrite):
     if dist.is_initialized():
         dist.barrier()
     yield from chain([] if first is None else [first], results)
+
+
+def write_masks(results, ids, outputs, overwrite, crf, total):
+    """Write results: for each of ids, which are to do of total, a mask for each of outputs."""
+    began, rank = time.time(), dist.get_rank() if dist.is_initialized() else 0
+    results = progress(claim_folders(results, outputs, overwrite), "masks", len(ids), rank > 0)
+    for masks, image_id in zip(results, ids):
+        for folder, mask in zip(outputs, masks):
+            save_mask(folder / f"{image_id}.png", mask)
+    if dist.is_initialized():
+        dist.barrier()
+    if rank == 0:
+        print(f"{len(ids):,} of {total:,} images{' of rank 0' * dist.is_initialized()} done now, "
+              f"{time.time() - began:.0f} s, CRF: {crf['backend'] if crf else 'none'}, masks in "
+              f"{' and '.join(map(str, outputs))}")
 
 
 EXPORT = "results/VOC2012/Segmentation/comp6_test_cls"  # where VOC's server looks for ID.png

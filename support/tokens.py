@@ -36,8 +36,8 @@ class KeptTokens:
 
 
 def learning_blocks(args):
-    """How many of the last blocks learn in a run of train_cls.py with these arguments."""
-    return args.train_blocks if args.epochs > args.frozen_epochs else 0
+    """How many of the last blocks learn in a run of train_cls.py with this {flag: value}."""
+    return args["train_blocks"] if args["epochs"] > args["frozen_epochs"] else 0
 
 
 def frozen_digest(model):
@@ -72,7 +72,7 @@ def locked(home):
     home.mkdir(parents=True, exist_ok=True)
     with open(home / ".tokens.lock", "a") as file:
         if not flock(file):
-            print(f"{home}: another run fills it; waiting", flush=True)
+            print(f"{home}: another run fills it; waiting")
             flock(file, wait=True)
         yield
 

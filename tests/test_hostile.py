@@ -334,7 +334,7 @@ CHECKPOINTS = [
     (lambda: fill(CLS, math.nan, epoch=0), "cls --resume", f"{NOT_FINITE}; {CLS} stays"),
     (lambda: fill(SEG, math.nan, step=0), "seg --resume", f"{NOT_FINITE}; {SEG} stays"),
     (lambda: fill(CLS, math.nan), "pseudo --overwrite",
-     f"{CLS} gives numbers that are not finite: train it again"),
+     "CPFCTE gives numbers that are not finite: train it again with a lower --lr"),
     (lambda: fill(SEG, math.nan), "eval", "DeepLabv2 gives numbers that are not finite"),
     (lambda: fill(SEG, math.inf), "photo", "DeepLabv2 gives numbers that are not finite"),
     *((nothing, line, f"{path} exists: --resume goes on, --overwrite starts anew")
