@@ -40,15 +40,6 @@ def object_names(path):
     return {thing.findtext("{*}name") for thing in objects}
 
 
-def voc_label_line(root, image_id):
-    """'ID name name ...' from Annotations/ID.xml: each object's name once."""
-    path = root / "Annotations" / f"{image_id}.xml"
-    names = object_names(path)
-    if not names or names - set(VOC_CLASSES):
-        raise UserError(f"{path} names {names - set(VOC_CLASSES) or 'no object'}: not VOC's")
-    return " ".join([image_id, *sorted(names, key=VOC_CLASSES.index)])
-
-
 def read_ids(path):
     """The ids of a split list that an archive brings."""
     if not path.is_file():
@@ -75,8 +66,13 @@ def make_voc(root, sbd=None, download=False, counts=VOC_COUNTS):
         if len(ids) != counts[name]:
             raise UserError(f"{name} has {len(ids)} images, expected {counts[name]}: are {root} "
                             f"and {home} complete? Other data: python data.py labels --root {root}")
-    every_id = sorted(set().union(*splits.values()))
-    label_lines = [voc_label_line(root, i) for i in progress(every_id, desc="labels")]
+    label_lines = []
+    for image_id in progress(sorted(set().union(*splits.values())), desc="labels"):
+        path = root / "Annotations" / f"{image_id}.xml"
+        names = object_names(path)
+        if not names or names - {*VOC_CLASSES}:
+            raise UserError(f"{path} names {names - {*VOC_CLASSES} or 'no object'}: not VOC's")
+        label_lines.append(" ".join([image_id, *sorted(names, key=VOC_CLASSES.index)]))
     if "trainaug" in splits:
         write_lines(lists / "trainaug.txt", splits["trainaug"])
     else:

@@ -248,10 +248,7 @@ def vit_toy_linear(pretrained=False, **kwargs):
 
 @register_model
 def vit_toy(pretrained=False, **kwargs):
-    """vit_toy_linear with 3x3 convolutions of stride 2 instead of its linear projection.
-
-    They learn textures faster (Xiao et al. 2021).
-    """
+    """Patches by 3x3 convolutions of stride 2, which learn textures faster (Xiao et al. 2021)."""
     stem = ConvStem(depth=4, channels=(32, 64, 128, 128), stride=(2, 2, 2, 1),
                     kernel_size=(3, 3, 3, 1))
     embed = dict(patch_size=1, embed_layer=partial(HybridEmbed, backbone=stem, proj=False))

@@ -36,10 +36,7 @@ def load_checkpoint(path, kind):
 
 
 def open_checkpoint(args, kind, end, **inputs):
-    """(path, checkpoint): RUN's, where --resume asks for it and flags and inputs fit; or None.
-
-    end is the epoch or step at which it is finished.
-    """
+    """(path, checkpoint to resume or None); refuses other flags or inputs; end: epochs or steps."""
     path, way_out = args.run / f"{kind}.pt", "choose another --run, or --overwrite"
     open_run(args.run)
     if not path.exists() or args.overwrite:
@@ -52,8 +49,6 @@ def open_checkpoint(args, kind, end, **inputs):
             raise UserError(f"{path} was made with other {name}: {way_out}")
     for name, old in checkpoint["args"].items():
         flag, now = name.replace("_", "-"), getattr(args, name, None)
-        if not hasattr(args, name):
-            raise UserError(f"{path} is of a version that had --{flag}: {way_out}")
         same = old in (now, str(now))  # paths are kept as text
         if not same and name not in MAY_CHANGE_ON_RESUME:
             raise UserError(f"{path} was made with --{flag} {old}, now it is {now}: {way_out}")

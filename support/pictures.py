@@ -57,16 +57,6 @@ def draw(path, rows, titles, names, about, width=1100):
         canvas.save(temporary, format="PNG", pnginfo=facts)
 
 
-def draw_overlay(path, image, mask, names, titles):
-    """Write a photo (H, W, 3) beside itself under its mask: colours at 45 % with outlines."""
-    thin = max(1, max(mask.shape) // 1500)  # a large photo's picture needs no more pixels
-    image, mask = image[::thin, ::thin], mask[::thin, ::thin]
-    grown = np.array(Image.fromarray(mask).filter(ImageFilter.MaxFilter(3)))  # 1 pixel wider
-    alpha = (np.where(grown != mask, 255, 115) * (grown > 0)).astype(np.uint8)
-    overlay = Image.composite(*map(Image.fromarray, (voc_palette()[grown], image, alpha)))
-    draw(path, [[image, np.array(overlay)]], titles, names, "")
-
-
 def draw_stages(run, folder, segment, title):
     """RUN/figure.png: evenly spaced images that have pseudo masks, stage by stage.
 
@@ -96,7 +86,7 @@ def draw_stages(run, folder, segment, title):
 
 
 def segment_photo(args, segment, classes):
-    """Write the mask of --image, and an overlay of both."""
+    """Write the mask of --image, and the photo beside itself under its mask, with outlines."""
     path = args.out.with_name(f"{args.out.stem}_overlay.png")
     if path.exists() and decode(path).info.get("Title") != PICTURE:
         raise UserError(f"{path} is in the way, and not ours to replace: choose another --out")
@@ -104,5 +94,10 @@ def segment_photo(args, segment, classes):
     mask = segment(image, bar=partial(progress, desc="windows"))
     save_mask(args.out, mask)
     names = {k: classes[k] for k in np.unique(mask).tolist()}
-    draw_overlay(path, image, mask, names, [args.image.name, "DeepLabv2"])
+    thin = max(1, max(mask.shape) // 1500)  # a large photo's picture needs no more pixels
+    image, mask = image[::thin, ::thin], mask[::thin, ::thin]
+    grown = np.array(Image.fromarray(mask).filter(ImageFilter.MaxFilter(3)))  # 1 pixel wider
+    opacity = (np.where(grown != mask, 255, 115) * (grown > 0)).astype(np.uint8)
+    overlay = Image.composite(*map(Image.fromarray, (voc_palette()[grown], image, opacity)))
+    draw(path, [[image, np.array(overlay)]], [args.image.name, "DeepLabv2"], names, "")
     print(f"{args.out} and {path}: {', '.join(names.values())}")

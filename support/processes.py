@@ -57,10 +57,7 @@ def place():
 
 
 def join_processes(name="auto"):
-    """(device, rank, world): this process's place under torchrun (nccl or gloo), or alone.
-
-    name is that of --device.
-    """
+    """(device, rank, world) under torchrun (nccl or gloo), or alone; name: of --device."""
     rank, world, local_rank = place()
     torch.set_flush_denormal(True)  # a CPU is several times slower on denormal numbers
     if name == "mps" and not torch.backends.mps.is_available():
