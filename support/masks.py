@@ -138,7 +138,7 @@ def claim_folders(results, outputs, overwrite):
 
 
 def write_masks(results, ids, outputs, overwrite, crf, total):
-    """Write results: for each of ids, which are to do of total, a mask for each of outputs."""
+    """Write results, the masks of each of ids, to the folders of outputs; say how many of total."""
     began, rank = time.time(), dist.get_rank() if dist.is_initialized() else 0
     results = progress(claim_folders(results, outputs, overwrite), "masks", len(ids), rank > 0)
     for masks, image_id in zip(results, ids):
