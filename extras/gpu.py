@@ -5,7 +5,6 @@ Writes: OUT, the table of bench.py after the rows of this comparison
 No data set and no pretrained weights: stage 4's CRF is over the classes that an untrained network
 finds. Without a GPU all parts run on the CPU at toy sizes: this shows that they run, not how fast.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -51,21 +50,14 @@ def equal(args):
               "% of the pixels", "have the same label")
 
 
-PARTS = {"equal": equal, **bench.PARTS}
-
-
 def parse_args(argv=None):
-    """Which part, and where to; without a GPU at toy sizes."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=PARTS, help="measure this part alone")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu.md"), help="the table")
-    args = parser.parse_args(argv)
-    sizes = bench.parse_args([] if torch.cuda.is_available() else ["--quick"])
-    return argparse.Namespace(**vars(sizes) | vars(args))
+    """Those of bench.py, with one part more; without a GPU at toy sizes."""
+    return bench.parse_args(argv, {"equal": equal}, out=Path("runs/gpu.md"),
+                            quick=not torch.cuda.is_available())
 
 
 def main(args):
-    bench.main(args, PARTS)
+    bench.main(args)
     if not args.gpu:
         print(f"no GPU: {args.out} has toy sizes on the CPU, which say nothing of CUDA")
 
