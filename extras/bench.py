@@ -43,19 +43,19 @@ PAPER = {"stage 1, hv": 48 * 10582, "stage 1, hv, frozen": 2 * 10582, "stage 2":
          "stage 3": 20_000 * 10, "stage 4, CRF": 1449}
 
 
-def parse_args(argv=None, more=(), **defaults):
-    """How much to measure; the arguments also hold the sizes and {part: function}.
+def parse_args(argv=None, parts=("loading", "context", "crf", "stages"), **defaults):
+    """How much to measure; the arguments also hold the sizes and what to measure.
 
-    more: parts of another script, which come first; defaults: those of the flags there.
+    Another script may have more parts and other defaults of the flags.
     """
-    parts = dict(more) | PARTS
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="toy-sized networks and images")
-    parser.add_argument("--only", choices=parts, help="measure this part alone")
+    parser.add_argument("--only", choices=PARTS, help="measure this part alone")
     parser.add_argument("--out", type=Path, help="write the table to this file, too")
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    vars(args).update(SIZES[args.quick], workers=min(16, os.cpu_count()), parts=parts)
+    vars(args).update(SIZES[args.quick], workers=min(16, os.cpu_count()),
+                      parts=[args.only] if args.only else parts)
     return args
 
 
@@ -198,18 +198,48 @@ def context(args):
 def dense_crf(args):
     """The dense CRF over all classes, as the field runs it, and over three."""
     image = torch.from_numpy(np.array(texture(args, 0)[0])).to(args.device)
-    names, first = ("pydensecrf", "torch")[not crf.densecrf:], None
     for labels in (args.C, 3):
         maps = 2 * torch.randn(labels, 12, 12, device=args.device)
         probs = model.upsample(maps, *image.shape[:2]).softmax(dim=0)
-        for name in names:
+        for name in ("torch", "pydensecrf") if crf.densecrf else ("torch",):
             ms = milliseconds(lambda: crf.dense_crf(image, probs, backend=name))
-            first = ms if name == names[0] else first
-            row(args, f"CRF, {name}", f"{labels} labels", ms, "ms",
-                f"{ms / first:.2f} x {names[0]}'s")
+            row(args, f"CRF, {name}", f"{labels} labels", ms, "ms")
 
 
-PARTS = {"loading": loading, "context": context, "crf": dense_crf, "stages": stages}
+def outputs_and_gradient(network, images, kind, half):
+    """The outputs on a device, perhaps in bfloat16, and the gradient of their mean square."""
+    network.to(kind).zero_grad()
+    with torch.autocast(kind, torch.bfloat16, half):
+        outputs = network(images.to(kind))[-1].float()  # DeepLabv2: the maximum over scales
+    outputs.square().mean().backward()
+    gradient = [weight.grad.flatten() for weight in network.parameters() if weight.grad is not None]
+    return outputs.detach().cpu(), torch.cat(gradient).cpu()
+
+
+def equal(args):
+    """The CPU against the device: outputs and gradients of both networks, the CRF's labels."""
+    torch.manual_seed(0)
+    classifier = model.CPFCTE(model.ClassifierConfig(args.C, args.vit, dropout=0.0))
+    segmenter = model.DeepLabv2(model.SegmenterConfig(args.C, args.cnn)).eval()
+    for name, network, side in (("stage 1", classifier, args.sides[0]),
+                                ("stage 3", segmenter, args.crop)):
+        images = torch.rand(2, 3, side, side)
+        outputs, gradient = outputs_and_gradient(network, images, "cpu", False)
+        for precision in ("float32", "bfloat16"):
+            other, others = outputs_and_gradient(network, images, args.device.type,
+                                                 precision != "float32")
+            row(args, f"{name}, CPU and GPU", precision, (other - outputs).abs().max(),
+                "largest difference", f"outputs reach {outputs.abs().max():.3g}; gradients "
+                f"differ by {100 * (others - gradient).norm() / gradient.norm():.2g} %")
+    image = np.array(texture(args, 0)[0])
+    probs = model.upsample(2 * torch.randn(args.C, 12, 12), *image.shape[:2]).softmax(dim=0)
+    here, there = (crf.dense_crf(image, probs.to(device), backend="torch").argmax(0).cpu()
+                   for device in ("cpu", args.device))
+    row(args, "CRF, CPU and GPU", f"{args.C} labels", 100 * (here == there).float().mean(),
+        "% of the pixels", "have the same label")
+
+
+PARTS = {"equal": equal, "loading": loading, "context": context, "crf": dense_crf, "stages": stages}
 
 
 def main(args):
@@ -222,12 +252,11 @@ def main(args):
     print(*args.rows, sep="\n")
     with tempfile.TemporaryDirectory() as root:
         args.root = Path(root)
-        chosen = [args.only] if args.only else args.parts
-        if {"loading", "stages"} & {*chosen}:
+        if {"loading", "stages"} & {*args.parts}:
             number, val = (2560, 480) if args.gpu else (64, 16) if args.quick else (32, 8)
             make_textures(args, args.root, {"train": number, "val": val})
-        for part in chosen:
-            args.parts[part](args)
+        for part in args.parts:
+            PARTS[part](args)
 
 
 if __name__ == "__main__":

@@ -49,8 +49,9 @@ def choices(seeds):
         settings = [best(runs, key=lambda setting: runs[setting][split, metric]) for runs in every]
         chosen = [runs[setting] for runs, setting in zip(every, settings)]
         by_masks = by_masks or chosen
-        lines.append([name, labels, *cells(chosen, [bpm]), *gain(chosen, by_masks, [bpm]), "; ".join(
-            f"{setting} ({times})" for setting, times in Counter(settings).most_common())])
+        counts = Counter(settings).most_common()
+        lines.append([name, labels, *cells(chosen, [bpm]), *gain(chosen, by_masks, [bpm]),
+                      "; ".join(f"{setting} ({times})" for setting, times in counts)])
     mean = [{bpm: statistics.mean(run[bpm] for run in runs.values())} for runs in every]
     lines.append(["any setting", "none: the mean", *cells(mean, [bpm]),
                   *gain(mean, by_masks, [bpm]), ""])

@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from support.files import UserError, atomic, write_lines
+from support.files import UserError, atomic, read_text, write_lines
 from support.flags import number
 from support.processes import launch
 
@@ -126,13 +126,16 @@ def columns_of(results, prefix):
         f"{prefix}boundary IoU": 100 * results["boundary_miou"]}
 
 
-def of_training(run):
-    """{"val mAP": %, "loss x100": of Eq. (9)} of stage 1's last epoch, as RUN/log.jsonl has it."""
-    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    last = [line for line in lines if line["stage"] == "train_cls"][-1:]
-    return {name: 100 * line[key] for line in last
-            for name, key in (("val mAP", "val_map"), ("loss x100", "loss"))
-            if line.get(key) is not None}
+def of_stage(run, stage, step):
+    """{epoch or iteration: line} of a stage in RUN/log.jsonl, of its last training alone."""
+    path, lines = run / "log.jsonl", {}
+    if not path.is_file():
+        raise UserError(f"{path} not found: run train_cls.py first")
+    for line in map(json.loads, read_text(path).splitlines()):
+        if line["stage"] == stage and step in line:  # a new training replaces what came later
+            lines = {number: old for number, old in lines.items() if number < line[step]}
+            lines[line[step]] = line
+    return lines
 
 
 def run_deeplab(args, run, method, mask_flags, seed, kept):
@@ -185,7 +188,10 @@ def run_variant(args, train_flags, mask_flags, seed):
     scores = {column: 100 * results[masks]["miou"] for column, masks in columns.items()}
     for masks, prefix in (("bpm", ""), ("cam", "cam: "), ("pred", "pred: ")):
         scores |= columns_of(results[masks], prefix) if masks in results else {}
-    scores |= of_training(trained)
+    for epoch in [*of_stage(trained, "train_cls", "epoch").values()][-1:]:
+        if epoch.get("val_map") is not None:
+            scores["val mAP"] = 100 * epoch["val_map"]
+        scores["loss x100"] = 100 * epoch["loss"]  # of Eq. (9)
     if args.full:
         results["deeplab"] = run_deeplab(args, run, method, mask_flags, seed, kept_masks)
         scores["DeepLabv2"] = 100 * results["deeplab"]["miou"]
