@@ -3,14 +3,11 @@
 Run:    python extras/figures.py --data data/toy            (table4; after study.py table4)
         python extras/figures.py run --run runs/mine        (any run folder)
         python extras/figures.py top-k --data data/toy      (after study.py top-k)
-Writes: table4: RUNS/NAME_OF_DATA/fig6.png, image, truth, baseline, ours; fig7.png, IoU of each
-        class; curves.png, loss and mAP; context.png, attention to class tokens and patch scores
-        run: RUN/curves.png, RUN/classes.png, RUN/confusion.png, from log.jsonl and results.json
-        shown: RUN/shown.png, photographs of scikit-image that anybody may show, stage by stage
-        crf, top-k: OUT/crf.png, OUT/top-k.png, one image after 0, 1, 3, 10 iterations of the CRF,
-        or with the K = 1, 6, 12 and all patches that Eq. (8) averages (Table 5)
-        cpews: RUN/maps.png, class maps and masks of a run of the second method
-        pipeline: OUT/pipeline.png, the steps, and which labels each of them sees
+Writes: table4: fig6.png, fig7.png, curves.png, context.png in RUNS/NAME_OF_DATA, or in OUT
+        run: curves.png, classes.png, confusion.png in RUN, from log.jsonl and results.json
+        shown: shown.png in RUN, photographs of scikit-image that anybody may show
+        crf, top-k: crf.png, top-k.png in OUT, one image with more and more iterations or patches
+        cpews: maps.png in RUN, a run of the second method; pipeline: pipeline.png in OUT
 """
 import argparse
 import json
@@ -34,7 +31,7 @@ from study import STUDIES, folder_name, of_stage
 from support.crf import crf_settings, dense_crf
 from support.files import UserError, atomic, read_text
 from support.inference import load_model
-from support.masks import read_image, read_mask, voc_palette
+from support.masks import IGNORE, read_image, read_mask, voc_palette
 from support.processes import launch
 
 # photographs of scikit-image: CC0 or in the public domain, as its documentation says of each
@@ -75,6 +72,7 @@ def parse_args(argv=None):
     for needed in FIGURES[args.name][1]:
         if getattr(args, needed) is None:
             parser.error(f"--{needed} is needed for {args.name}")
+    args.home = args.data and args.runs / args.data.resolve().name  # where study.py writes
     return args
 
 
@@ -210,22 +208,16 @@ def draw_run(args):
 
 
 # --- Table 4: Fig. 6 and Fig. 7 of the paper, curves, the median image -------------------------
-def study_folder(args):
-    """Where study.py writes what is of this data set."""
-    return args.runs / args.data.resolve().name
-
-
 def scored_runs(args):
     """{variant of Table 4: its run folders}, the same seeds for each."""
-    home, name = study_folder(args), f"scores-{args.split}.json"
-    homes = {variant: home / folder_name(flags) for variant, _, flags, _ in STUDIES["table4"]}
-    seeds = set.intersection(*({path.parent.name for path in of.glob(f"s*/{name}")}
-                               for of in homes.values()))
+    name = f"scores-{args.split}.json"
+    homes = {variant: args.home / folder_name(flags) for variant, _, flags, _ in STUDIES["table4"]}
+    seeds = sorted(set.intersection(*({path.parent.name for path in of.glob(f"s*/{name}")}
+                                      for of in homes.values())))
     if not seeds:
-        raise UserError(f"no seed of all four variants in {home}: "
+        raise UserError(f"no seed of all four variants in {args.home}: "
                         f"run `python extras/study.py table4 --data {args.data}` first")
-    order = sorted(seeds, key=lambda seed: int(seed[1:]))
-    return {variant: [of / seed for seed in order] for variant, of in homes.items()}
+    return {variant: [of / seed for seed in seeds] for variant, of in homes.items()}
 
 
 def ranked(folder, ids, masks):
@@ -253,7 +245,7 @@ def draw_context(path, folder, run, image_id):
 def draw_table4(args):
     """All figures of the runs of `study.py table4`; nobody has chosen the images."""
     folder, runs, rows = Folder(args.data), scored_runs(args), []
-    out, about = args.out or study_folder(args), f"{args.masks} masks of {args.split}"
+    out, about = args.out or args.home, f"{args.masks} masks of {args.split}"
     shown = {"baseline": runs["baseline"], "ours": runs["both"]}
     first = {name: of[0] for name, of in shown.items()}
     order = list(ranked(folder, folder.ids(args.split), first["ours"] / args.masks))
@@ -310,12 +302,14 @@ def draw_shown(args):
 
 
 def chosen_image(args):
-    """(Folder, id, an object class): --image of --split, or the first with two such classes."""
+    """(Folder, id, its largest class): --image of --split, or the first with two object classes."""
     folder = Folder(args.data)
     ids = folder.ids(args.split)
     two = (i for i in ids if folder.image_labels(i).sum() == 3)
     image_id = args.image or next(two, ids[0])
-    return folder, image_id, 1 + int(folder.image_labels(image_id)[1:].argmax())
+    truth = read_mask(folder.mask_path(image_id), len(folder.classes))
+    pixels = np.bincount(truth[truth != IGNORE], minlength=2)
+    return folder, image_id, 1 + int(pixels[1:].argmax())
 
 
 def draw_maps(path, folder, image_id, columns, about):
@@ -330,7 +324,7 @@ def draw_top_k(args):
     (folder, image_id, label), columns = chosen_image(args), []
     image = np.array(read_image(folder.image_path(image_id)))
     for K, flags in ((1, "--pool max"), (6, "--top-k 6"), (12, "--top-k 12"), (None, "--pool avg")):
-        run = study_folder(args) / folder_name(flags) / f"s{args.seed}"
+        run = args.home / folder_name(flags) / f"s{args.seed}"
         if not (run / "cls.pt").is_file():
             raise UserError(f"{run}/cls.pt not found: run `python extras/study.py top-k --data "
                             f"{args.data}` with --seeds {args.seed} first")
