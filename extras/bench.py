@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.benchmark import Timer
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -43,28 +43,26 @@ PAPER = {"stage 1, hv": 48 * 10582, "stage 1, hv, frozen": 2 * 10582, "stage 2":
          "stage 3": 20_000 * 10, "stage 4, CRF": 1449}
 
 
-def parse_args(argv=None):
-    """How much to measure; the arguments also hold the sizes."""
+def parse_args(argv=None, parts=("loading", "context", "crf", "stages"), **defaults):
+    """How much to measure; the arguments also hold the sizes and what to measure.
+
+    Another script may have more parts and other defaults of the flags.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="toy-sized networks and images")
     parser.add_argument("--only", choices=PARTS, help="measure this part alone")
     parser.add_argument("--out", type=Path, help="write the table to this file, too")
+    parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    vars(args).update(SIZES[args.quick], workers=min(16, os.cpu_count()))
+    vars(args).update(SIZES[args.quick], workers=min(16, os.cpu_count()),
+                      parts=[args.only] if args.only else parts)
     return args
 
 
-def milliseconds(device, function):
-    """The median time of function() on a device."""
-    if device.type == "cuda":
-        from triton.testing import do_bench  # comes with torch's CUDA builds
-        return do_bench(function, warmup=200, rep=1000, return_mode="median")
-    times = []
-    while len(times) < 4 or sum(times) < 300:
-        began = time.perf_counter()
-        function()
-        times.append(1000 * (time.perf_counter() - began))
-    return statistics.median(times[1:])
+def milliseconds(function):
+    """The median time of function(), also on a GPU, for which the timer waits."""
+    timer = Timer("f()", globals=dict(f=function), num_threads=torch.get_num_threads())
+    return 1000 * timer.adaptive_autorange().median
 
 
 def row(args, part, setting, value, unit, note=""):
@@ -107,21 +105,19 @@ def make_textures(args, root, splits):
 
 
 # --- the parts ---------------------------------------------------------------------------------
-class UsualImages(Dataset):
+class UsualImages(data.Images):
     """What one usually writes: image (3, S, S) float32, resized, flipped and normalised."""
 
     def __init__(self, folder, ids, side):
-        self.paths = [folder.image_path(image_id) for image_id in ids]
+        super().__init__(folder, ids)
         self.change = transforms.Compose([
             transforms.Resize((side, side), transforms.InterpolationMode.BICUBIC),
             transforms.RandomHorizontalFlip(), transforms.ToTensor(),
             transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
 
-    def __len__(self):
-        return len(self.paths)
-
     def __getitem__(self, item):
-        return self.change(Image.open(self.paths[item[0]]).convert("RGB"))
+        path = self.folder.image_path(self.ids[item[0]])
+        return self.change(Image.open(path).convert("RGB"))
 
 
 def loading(args, rounds=3):
@@ -178,44 +174,75 @@ def stages(args):
 
 def context(args):
     """The share of the context module in stage 1's step, forward and backward, and in inference."""
+    def _pass(function, start):
+        total = args.amp(function)(start).sum()
+        if total.requires_grad:
+            total.backward()
+
+    sizes = [("step", args.sides[0], 16 if args.gpu or args.quick else 2),
+             *(("inference", side, 1) for side in args.sides)]
     for name in ("raster", "conv", "pool", "hv"):
         net = model.CPFCTE(model.ClassifierConfig(args.C, args.vit, context=name)).to(args.device)
-        images = torch.rand(16 if args.gpu or args.quick else 2, 3, *2 * args.sides[:1])
-        images = images.to(args.device)
-        with torch.no_grad():
-            tokens = args.amp(net.patch_tokens)(images)
-        whole, part = (milliseconds(args.device, lambda: args.amp(function)(start).sum().backward())
-                       for function, start in ((net, images), (net.fuse, tokens)))
-        row(args, f"step, {name}", f"{tuple(images.shape)}", whole, "ms",
-            f"context {100 * part / whole:.1f} %")
-        for side in args.sides:
-            picture = torch.rand(1, 3, side, side, device=args.device)
+        for what, side, batch in sizes:
+            net.train(what == "step")
+            images = torch.rand(batch, 3, side, side, device=args.device)
             with torch.no_grad():
-                tokens = args.amp(net.eval().patch_tokens)(picture)
-                whole, part = (milliseconds(args.device, lambda: args.amp(function)(start))
-                               for function, start in ((net, picture), (net.fuse, tokens)))
-            row(args, f"inference, {name}", f"{side}x{side}", whole, "ms/image",
+                tokens = args.amp(net.patch_tokens)(images)
+            with torch.set_grad_enabled(net.training):
+                whole = milliseconds(lambda: _pass(net, images))
+                part = milliseconds(lambda: _pass(net.fuse, tokens))
+            row(args, f"{what}, {name}", f"{tuple(images.shape)}", whole, "ms",
                 f"context {100 * part / whole:.1f} %")
 
 
 def dense_crf(args):
     """The dense CRF over all classes, as the field runs it, and over three."""
     image = torch.from_numpy(np.array(texture(args, 0)[0])).to(args.device)
-    names, first = ("pydensecrf", "torch")[not crf.densecrf:], None
     for labels in (args.C, 3):
         maps = 2 * torch.randn(labels, 12, 12, device=args.device)
         probs = model.upsample(maps, *image.shape[:2]).softmax(dim=0)
-        for name in names:
-            ms = milliseconds(args.device, lambda: crf.dense_crf(image, probs, backend=name))
-            first = ms if name == names[0] else first
-            row(args, f"CRF, {name}", f"{labels} labels", ms, "ms",
-                f"{ms / first:.2f} x {names[0]}'s")
+        for name in ("torch", "pydensecrf") if crf.densecrf else ("torch",):
+            ms = milliseconds(lambda: crf.dense_crf(image, probs, backend=name))
+            row(args, f"CRF, {name}", f"{labels} labels", ms, "ms")
 
 
-PARTS = {"loading": loading, "context": context, "crf": dense_crf, "stages": stages}
+def outputs_and_gradient(network, images, kind, half):
+    """The outputs on a device, perhaps in bfloat16, and the gradient of their mean square."""
+    network.to(kind).zero_grad()
+    with torch.autocast(kind, torch.bfloat16, half):
+        outputs = network(images.to(kind))[-1].float()  # DeepLabv2: the maximum over scales
+    outputs.square().mean().backward()
+    gradient = [weight.grad.flatten() for weight in network.parameters() if weight.grad is not None]
+    return outputs.detach().cpu(), torch.cat(gradient).cpu()
 
 
-def main(args, parts=PARTS):
+def equal(args):
+    """The CPU against the device: outputs and gradients of both networks, the CRF's labels."""
+    torch.manual_seed(0)
+    classifier = model.CPFCTE(model.ClassifierConfig(args.C, args.vit, dropout=0.0))
+    segmenter = model.DeepLabv2(model.SegmenterConfig(args.C, args.cnn)).eval()
+    for name, network, side in (("stage 1", classifier, args.sides[0]),
+                                ("stage 3", segmenter, args.crop)):
+        images = torch.rand(2, 3, side, side)
+        outputs, gradient = outputs_and_gradient(network, images, "cpu", False)
+        for precision in ("float32", "bfloat16"):
+            other, others = outputs_and_gradient(network, images, args.device.type,
+                                                 precision != "float32")
+            row(args, f"{name}, CPU and GPU", precision, (other - outputs).abs().max(),
+                "largest difference", f"outputs reach {outputs.abs().max():.3g}; gradients "
+                f"differ by {100 * (others - gradient).norm() / gradient.norm():.2g} %")
+    image = np.array(texture(args, 0)[0])
+    probs = model.upsample(2 * torch.randn(args.C, 12, 12), *image.shape[:2]).softmax(dim=0)
+    here, there = (crf.dense_crf(image, probs.to(device), backend="torch").argmax(0).cpu()
+                   for device in ("cpu", args.device))
+    row(args, "CRF, CPU and GPU", f"{args.C} labels", 100 * (here == there).float().mean(),
+        "% of the pixels", "have the same label")
+
+
+PARTS = {"equal": equal, "loading": loading, "context": context, "crf": dense_crf, "stages": stages}
+
+
+def main(args):
     args.device, _, _ = join_processes()
     args.gpu = args.device.type == "cuda"
     args.amp = torch.autocast(args.device.type, torch.bfloat16, args.gpu)
@@ -225,12 +252,11 @@ def main(args, parts=PARTS):
     print(*args.rows, sep="\n")
     with tempfile.TemporaryDirectory() as root:
         args.root = Path(root)
-        chosen = [args.only] if args.only else parts
-        if {"loading", "stages"} & {*chosen}:
+        if {"loading", "stages"} & {*args.parts}:
             number, val = (2560, 480) if args.gpu else (64, 16) if args.quick else (32, 8)
             make_textures(args, args.root, {"train": number, "val": val})
-        for part in chosen:
-            parts[part](args)
+        for part in args.parts:
+            PARTS[part](args)
 
 
 if __name__ == "__main__":

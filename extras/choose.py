@@ -44,20 +44,17 @@ def choices(seeds):
 
     The gain is over the choice by masks of val, with its 95 % interval (Student's t over seeds).
     """
-    chosen = {name: [best(runs, key=lambda setting: runs[setting][split, metric])
-                     for runs in seeds.values()]
-              for name, _, split, metric, best in CRITERIA}
-    test = {name: [{"BPM": runs[setting]["test", "BPM"]}
-                   for runs, setting in zip(seeds.values(), settings)]
-            for name, settings in chosen.items()}
-    test["any setting"] = [{"BPM": statistics.mean(scores["test", "BPM"]
-                                                   for scores in runs.values())}
-                           for runs in seeds.values()]
-    lines = [[name, labels, *cells([seed["BPM"] for seed in test[name]]),
-              *(gain(test[name], test[CRITERIA[0][0]], "BPM") if i else ["", ""]),
-              "; ".join(f"{setting} ({times})" for setting, times
-                        in Counter(chosen.get(name, ())).most_common())]
-             for i, (name, labels, *_) in enumerate([*CRITERIA, ("any setting", "none: the mean")])]
+    every, bpm, lines, by_masks = [*seeds.values()], ("test", "BPM"), [], None
+    for name, labels, split, metric, best in CRITERIA:
+        settings = [best(runs, key=lambda setting: runs[setting][split, metric]) for runs in every]
+        chosen = [runs[setting] for runs, setting in zip(every, settings)]
+        by_masks = by_masks or chosen
+        counts = Counter(settings).most_common()
+        lines.append([name, labels, *cells(chosen, [bpm]), *gain(chosen, by_masks, [bpm]),
+                      "; ".join(f"{setting} ({times})" for setting, times in counts)])
+    mean = [{bpm: statistics.mean(run[bpm] for run in runs.values())} for runs in every]
+    lines.append(["any setting", "none: the mean", *cells(mean, [bpm]),
+                  *gain(mean, by_masks, [bpm]), ""])
     return markdown(["chosen by", "labels", "BPM of test", "sd", "gain", "95 % interval",
                      "settings (seeds)"], lines)
 

@@ -2,16 +2,12 @@
 
 Run:    python extras/figures.py --data data/toy            (table4; after study.py table4)
         python extras/figures.py run --run runs/mine        (any run folder)
-        python extras/figures.py crf --data data/toy --run runs/toy
         python extras/figures.py top-k --data data/toy      (after study.py top-k)
-Writes: table4: RUNS/NAME_OF_DATA/fig6.png, image, truth, baseline, ours; fig7.png, IoU of each
-        class; curves.png, loss and mAP; context.png, attention to class tokens and patch scores
-        run: RUN/curves.png, RUN/classes.png, RUN/confusion.png, from log.jsonl and results.json
-        shown: RUN/shown.png, photographs of scikit-image that anybody may show, stage by stage
-        crf, top-k: OUT/crf.png, OUT/top-k.png, one image after 0, 1, 3, 10 iterations of the CRF,
-        or with the K = 1, 6, 12 and all patches that Eq. (8) averages (Table 5)
-        cpews: RUN/maps.png, class maps and masks of a run of the second method
-        pipeline: OUT/pipeline.png, the steps, and which labels each of them sees
+Writes: table4: fig6.png, fig7.png, curves.png, context.png in RUNS/NAME_OF_DATA, or in OUT
+        run: curves.png, classes.png, confusion.png in RUN, from log.jsonl and results.json
+        shown: shown.png in RUN, photographs of scikit-image that anybody may show
+        crf, top-k: crf.png, top-k.png in OUT, one image with more and more iterations or patches
+        cpews: maps.png in RUN, a run of the second method; pipeline: pipeline.png in OUT
 """
 import argparse
 import json
@@ -31,17 +27,16 @@ from evaluate import confusion_matrix, confusion_of, miou, predict, predict_log_
 from extras.cpews import train as cpews
 from make_pseudo import class_maps, pseudo_masks
 from model import upsample
-from study import STUDIES, folder_name
+from study import STUDIES, folder_name, of_stage
 from support.crf import crf_settings, dense_crf
 from support.files import UserError, atomic, read_text
 from support.inference import load_model
 from support.masks import IGNORE, read_image, read_mask, voc_palette
-from support.processes import launch, map_in_workers
+from support.processes import launch
 
 # photographs of scikit-image: CC0 or in the public domain, as its documentation says of each
 SHOWN = {"chelsea": "cat", "astronaut": "person", "camera": "person"}
 CPU = torch.device("cpu")
-MAPS = dict(vmin=0, vmax=1, cmap="viridis")  # 0 dark, 1 yellow
 FILLS = {"learns": "#cfe2f3", "chooses": "#f4c7c3", "scores": "#fff2cc", "reads": "#dff0d8",
          "none": "white"}
 SEES = [  # the step; what it does with images, with image labels, with true masks; what it writes
@@ -64,7 +59,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("names", nargs="*", default=["table4"], metavar="NAME", help=", ".join(FIGURES))
+    add("name", nargs="?", default="table4", choices=FIGURES, help="what to draw: table4, if none")
     add("--data", type=Path, help="data set folder")
     add("--run", type=Path, help="run, shown, crf: run folder")
     add("--runs", type=Path, default=Path("runs/study"), help="what was --out of study.py")
@@ -72,15 +67,12 @@ def parse_args(argv=None):
     add("--out", type=Path, help="folder of the pictures (default: where the runs are, or .)")
     add("--split", default="val", help="split that study.py scored, or of the image")
     add("--image", help="crf, top-k: id of the image (default: the first with two classes)")
-    add("--workers", type=int, default=2, help="processes that score the images")
     add("--masks", choices=("bpm", "pseudo"), default="pseudo", help="before or after the CRF")
     args = parser.parse_args(argv)
-    for name in args.names:
-        if name not in FIGURES:
-            parser.error(f"{name!r} is no figure: choose from {', '.join(FIGURES)}")
-        for needed in FIGURES[name][1]:
-            if getattr(args, needed) is None:
-                parser.error(f"--{needed} is needed for {name}")
+    for needed in FIGURES[args.name][1]:
+        if getattr(args, needed) is None:
+            parser.error(f"--{needed} is needed for {args.name}")
+    args.home = args.data and args.runs / args.data.resolve().name  # where study.py writes
     return args
 
 
@@ -97,9 +89,10 @@ def save(figure, path, dpi=100):
 
 
 def panels(path, rows, about=""):
-    """Write rows of (title, picture, options of imshow), as high as each row's first picture.
+    """Write rows of (title, picture), as high as each row's first picture.
 
-    The option frames=[(row, column), ...] draws a red frame around those pixels.
+    picture: RGB (H, W, 3), or a map (H, W) of 0 (dark) to 1 (yellow), to which [(row, column), ...]
+    may be added: those of its pixels that get a red frame.
     """
     shapes = [row[0][1].shape[0] / row[0][1].shape[1] for row in rows]
     columns = max(map(len, rows))
@@ -109,37 +102,33 @@ def panels(path, rows, about=""):
     for axis in axes.flat:
         axis.set_axis_off()
     for row, axes_of_row in zip(rows, axes):
-        for (title, picture, options), axis in zip(row, axes_of_row):
-            options = dict(interpolation="nearest") | options
-            for y, x in options.pop("frames", ()):
+        for (title, picture, *frames), axis in zip(row, axes_of_row):
+            axis.imshow(picture, "viridis", vmin=0, vmax=1, interpolation="nearest")
+            for y, x in sum(frames, []):
                 axis.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fc="none", ec="red"))
-            axis.imshow(picture, **options)
             axis.set_title(title, fontsize=8)
     figure.suptitle(about, fontsize=8)
     save(figure, path)
 
 
-def coloured(title, mask, truth=None, C=0):
-    """A panel of a mask (H, W); with its truth the title ends with the image's mean IoU."""
-    if truth is not None:
-        title += f"IoU {100 * miou(confusion_matrix(mask, truth, C)):.0f} %"
-    return title, voc_palette()[mask], {}
+def photo_panels(folder, image_id, masks, rank=""):
+    """Panels: an image, its ground truth, each of masks [(name, (H, W))] with its mean IoU."""
+    image, C = np.array(read_image(folder.image_path(image_id))), len(folder.classes)
+    truth = read_mask(folder.mask_path(image_id), C, image.shape[1::-1])
+    return [(f"{rank}{image_id}", image), ("ground truth", voc_palette()[truth]), *(
+        (f"{name}, IoU {100 * miou(confusion_matrix(mask, truth, C)):.0f} %", voc_palette()[mask])
+        for name, mask in masks)]
+
+
+def classifier_and_input(run, folder, image_id):
+    """RUN/cls.pt: (network, arguments of its training, the image (1, 3, S, S) at its size)."""
+    model, checkpoint = load_model(run / "cls.pt", "cls")
+    Folder(folder.root, checkpoint)  # it has the same classes
+    pixels = Images(folder, [image_id], checkpoint["args"]["size"])[0][2]
+    return model, checkpoint["args"], pixels[None] / 255
 
 
 # --- scores and curves -------------------------------------------------------------------------
-def of_stage(run, stage, step):
-    """{epoch or iteration: line} of a stage in RUN/log.jsonl, of its last training alone."""
-    path, lines = run / "log.jsonl", {}
-    if not path.is_file():
-        raise UserError(f"{path} not found: run train_cls.py first")
-    for line in map(json.loads, read_text(path).splitlines()):
-        # a training that starts anew replaces what came after its step
-        if line["stage"] == stage and step in line:
-            before = {number: old for number, old in lines.items() if number < line[step]}
-            lines = before | {line[step]: line}
-    return lines
-
-
 def draw_curves(path, runs):
     """Loss and score of each training; runs {name: run folders}: mean of the seeds, range."""
     rows = []
@@ -220,72 +209,58 @@ def draw_run(args):
 
 # --- Table 4: Fig. 6 and Fig. 7 of the paper, curves, the median image -------------------------
 def scored_runs(args):
-    """{variant of Table 4: [(run folder, its scores file's content)]}, the same seeds for each."""
-    name, home = f"scores-{args.split}.json", args.runs / args.data.resolve().name
-    homes = {variant: home / folder_name(flags) for variant, _, flags, _ in STUDIES["table4"]}
-    seeds = [{path.parent.name for path in home.glob(f"s*/{name}")} for home in homes.values()]
-    common = sorted(set.intersection(*seeds), key=lambda seed: int(seed[1:]))
-    if not common:
-        raise UserError(f"no seed of all four variants in {home}: "
+    """{variant of Table 4: its run folders}, the same seeds for each."""
+    name = f"scores-{args.split}.json"
+    homes = {variant: args.home / folder_name(flags) for variant, _, flags, _ in STUDIES["table4"]}
+    seeds = sorted(set.intersection(*({path.parent.name for path in of.glob(f"s*/{name}")}
+                                      for of in homes.values())))
+    if not seeds:
+        raise UserError(f"no seed of all four variants in {args.home}: "
                         f"run `python extras/study.py table4 --data {args.data}` first")
-    return {variant: [(home / seed, json.loads((home / seed / name).read_text()))
-                      for seed in common] for variant, home in homes.items()}
+    return {variant: [of / seed for seed in seeds] for variant, of in homes.items()}
 
 
-def ranked(args, folder, run, ids):
-    """{id: mean IoU of the image's classes} of one run's masks, from the worst to the best."""
-    jobs = [(folder, i, run / args.masks) for i in ids if folder.mask_path(i).is_file()]
-    means = {job[1]: miou(confusion)
-             for confusion, job in zip(map_in_workers(confusion_of, jobs, args.workers), jobs)
-             if confusion.any()}  # else all of its ground truth is 255
+def ranked(folder, ids, masks):
+    """{id: mean IoU of the image's classes} of a folder of masks, from the worst to the best."""
+    counts = {i: confusion_of(folder, i, masks) for i in ids if folder.mask_path(i).is_file()}
+    means = {i: miou(confusion) for i, confusion in counts.items() if confusion.any()}
     return dict(sorted(means.items(), key=lambda item: item[1]))
-
-
-def draw_fig6(args, path, folder, baseline, ours, order):
-    """The best, the median and the worst image of ours: not chosen by anybody."""
-    rows, C = [], len(folder.classes)
-    for rank, image_id in (("best", order[-1]), ("median", order[len(order) // 2]),
-                           ("worst", order[0])):
-        truth, *masks = (read_mask(file, C) for file in (folder.mask_path(image_id), *(
-            run / args.masks / f"{image_id}.png" for run in (baseline, ours))))
-        image = np.array(read_image(folder.image_path(image_id)))
-        rows.append([(f"{rank}: {image_id}", image, {}), coloured("ground truth", truth),
-                     *(coloured(f"{name}, ", mask, truth, C)
-                       for name, mask in zip(("baseline", "ours"), masks))])
-    panels(path, rows, f"{args.masks} masks of {args.split}, {ours.name}. Of {len(order)} images "
-           "the best, the median and the worst by ours' mean IoU over the image's classes")
 
 
 @torch.no_grad()
 def draw_context(path, folder, run, image_id):
     """One image inside the network: which class token its patches get, and their scores Y."""
-    model, checkpoint = load_model(run / "cls.pt", "cls")
-    picture = Images(folder, [image_id], checkpoint["args"]["size"])[0][2]
-    attention = model.class_attention(model.patch_tokens(picture[None] / 255))[0]
-    Y, C = model(picture[None] / 255)[0], len(folder.classes)
+    model, _, picture = classifier_and_input(run, folder, image_id)
+    attention, Y = model.class_attention(model.patch_tokens(picture))[0], model(picture)[0]
+    mask = read_mask(run / "bpm" / f"{image_id}.png", len(folder.classes))
     present = folder.image_labels(image_id).nonzero().flatten().tolist()
-    rows = [[(image_id, picture.permute(1, 2, 0), {}),
-             *((f"attention to the token of\n{folder.classes[c]}", attention[..., c], MAPS)
+    rows = [[(image_id, picture[0].permute(1, 2, 0)),
+             *((f"attention to the token of\n{folder.classes[c]}", attention[..., c])
                for c in present)],
-            [coloured("BPM, Eq. (10)", read_mask(run / "bpm" / f"{image_id}.png", C)),
-             *((f"Y, Eq. (7)\n{folder.classes[c]}", Y[..., c], MAPS) for c in present)]]
+            [("BPM, Eq. (10)", voc_palette()[mask]),
+             *((f"Y, Eq. (7)\n{folder.classes[c]}", Y[..., c]) for c in present)]]
     panels(path, rows, f"The median image, {run.name}. Maps: 0 dark, 1 yellow")
 
 
 def draw_table4(args):
-    """All figures of the runs of `study.py table4`."""
-    folder, runs = Folder(args.data), scored_runs(args)
-    out = args.out or args.runs / args.data.resolve().name
-    baseline, ours = runs["baseline"][0][0], runs["both"][0][0]  # of the first seed
-    order = list(ranked(args, folder, ours, folder.ids(args.split)))
-    draw_fig6(args, out / "fig6.png", folder, baseline, ours, order)
+    """All figures of the runs of `study.py table4`; nobody has chosen the images."""
+    folder, runs, rows = Folder(args.data), scored_runs(args), []
+    out, about = args.out or args.home, f"{args.masks} masks of {args.split}"
+    shown = {"baseline": runs["baseline"], "ours": runs["both"]}
+    first = {name: of[0] for name, of in shown.items()}
+    order = list(ranked(folder, folder.ids(args.split), first["ours"] / args.masks))
+    median = order[len(order) // 2]
+    for rank, image_id in (("best", order[-1]), ("median", median), ("worst", order[0])):
+        masks = [(name, read_mask(run / args.masks / f"{image_id}.png", len(folder.classes)))
+                 for name, run in first.items()]
+        rows.append(photo_panels(folder, image_id, masks, f"{rank}: "))
+    panels(out / "fig6.png", rows, f"{about}, {first['ours'].name}. Of {len(order)} images the "
+           "best, the median and the worst by ours' mean IoU over the image's classes")
     draw_classes(out / "fig7.png", {
-        name: [scores["results"][args.masks] for _, scores in runs[variant]]
-        for name, variant in (("baseline", "baseline"), ("ours", "both"))},
-        f"{args.masks} masks of {args.split}")
-    draw_curves(out / "curves.png", {name: [run for run, _ in seeds]
-                                     for name, seeds in runs.items()})
-    draw_context(out / "context.png", folder, ours, order[len(order) // 2])
+        name: [json.loads((run / f"scores-{args.split}.json").read_text())["results"][args.masks]
+               for run in of] for name, of in shown.items()}, about)
+    draw_curves(out / "curves.png", runs)
+    draw_context(out / "context.png", folder, first["ours"], median)
 
 
 # --- photographs, one image --------------------------------------------------------------------
@@ -315,83 +290,72 @@ def draw_shown(args):
         image, y = np.array(photo), torch.zeros(len(classes))
         y[[0, classes.index(label)]] = 1
         pixels = photo.resize((settings["size"],) * 2, Image.Resampling.BICUBIC)
-        Y = classifier(torch.tensor(np.array(pixels)).permute(2, 0, 1)[None] / 255)[0]
+        Y = classifier(cpews.photo(np.array(pixels), CPU))[0]
         masks = *pseudo_masks(image, *class_maps(Y, y), crf), predict(
             predict_log_probs(segmenter, image, CPU, False), image, crf)
-        rows.append([(f"{name}, label: {label}", image, {})])
+        rows.append([(f"{name}, label: {label}", image)])
         for mask, title in zip(masks, ("BPM (Eq. 10)", "pseudo mask (CRF)", "DeepLabv2 + CRF")):
             found = ", ".join(classes[k] for k in np.unique(mask) if k) or "nothing"
-            strength = 0.6 * (mask > 0)[..., None]
-            overlay = (1 - strength) * image + strength * voc_palette()[mask]
-            rows[-1].append((f"{title}: {found}", overlay.astype(np.uint8), {}))
+            overlay = np.where(mask[..., None], 0.4 * image + 0.6 * voc_palette()[mask], image)
+            rows[-1].append((f"{title}: {found}", overlay.astype(np.uint8)))
     panels(args.run / "shown.png", rows)
 
 
-class Scene:
-    """--image of --split, or the first with two classes of objects: image, truth, a class."""
-
-    def __init__(self, args):
-        self.folder = folder = Folder(args.data)
-        ids = folder.ids(args.split)
-        two = (i for i in ids if folder.image_labels(i).sum() == 3)
-        self.id = args.image or next(two, ids[0])
-        self.image = np.array(read_image(folder.image_path(self.id)))
-        self.truth = read_mask(folder.mask_path(self.id), len(folder.classes))
-        pixels = np.bincount(self.truth[self.truth != IGNORE], minlength=2)
-        self.label = 1 + int(pixels[1:].argmax())  # the object class with most pixels
-
-    @torch.no_grad()
-    def maps(self, path):
-        """(arguments of the training, Y (h, w, C), present, maps) of a cls.pt, at its own size."""
-        model, checkpoint = load_model(path, "cls")
-        Folder(self.folder.root, checkpoint)  # it has the same classes
-        pixels = Images(self.folder, [self.id], checkpoint["args"]["size"])[0][2]
-        Y = model(pixels[None] / 255)[0]
-        return checkpoint["args"], Y, *class_maps(Y, self.folder.image_labels(self.id))
-
-    def draw(self, path, about, columns):
-        """Above image and maps (title, map, frames), below truth and masks; columns of both."""
-        C, name = len(self.folder.classes), self.folder.classes[self.label]
-        panels(path, [[(self.id, self.image, {}), *((title, values, MAPS | dict(frames=frames))
-                                                    for title, values, frames, _ in columns)],
-                      [coloured("ground truth", self.truth),
-                       *(coloured("", mask, self.truth, C) for *_, mask in columns)]],
-               f"{name}: {about}")
+def chosen_image(args):
+    """(Folder, id, its largest class): --image of --split, or the first with two object classes."""
+    folder = Folder(args.data)
+    ids = folder.ids(args.split)
+    two = (i for i in ids if folder.image_labels(i).sum() == 3)
+    image_id = args.image or next(two, ids[0])
+    truth = read_mask(folder.mask_path(image_id), len(folder.classes))
+    pixels = np.bincount(truth[truth != IGNORE], minlength=2)
+    return folder, image_id, 1 + int(pixels[1:].argmax())
 
 
+def draw_maps(path, folder, image_id, columns, about):
+    """Above the image and maps, below truth and masks; columns: (panel of the map, mask)."""
+    image, *below = photo_panels(folder, image_id, [("mask", mask) for _, mask in columns])
+    panels(path, [[image, *(panel for panel, _ in columns)], below], about)
+
+
+@torch.no_grad()
 def draw_top_k(args):
     """Table 5 on one image: patch scores with the K that Eq. (8) averages, and the BPM."""
-    scene, columns, home = Scene(args), [], args.runs / args.data.resolve().name
-    flags = {name: flags for name, _, flags, _ in STUDIES["top-k"]}
-    for K in (1, 6, 12, "N"):
-        path = home / folder_name(flags[f"K = {K}"]) / f"s{args.seed}/cls.pt"
-        if not path.is_file():
-            raise UserError(f"{path} not found: run `python extras/study.py top-k --data "
+    (folder, image_id, label), columns = chosen_image(args), []
+    image = np.array(read_image(folder.image_path(image_id)))
+    for K, flags in ((1, "--pool max"), (6, "--top-k 6"), (12, "--top-k 12"), (None, "--pool avg")):
+        run = args.home / folder_name(flags) / f"s{args.seed}"
+        if not (run / "cls.pt").is_file():
+            raise UserError(f"{run}/cls.pt not found: run `python extras/study.py top-k --data "
                             f"{args.data}` with --seeds {args.seed} first")
-        _, Y, present, maps = scene.maps(path)
-        values = Y[..., scene.label]
-        most = values.flatten().topk(values.numel() if K == "N" else K).indices.tolist()
-        columns.append((f"K = {len(most)}" + " (all)" * (K == "N"), values,
-                        [divmod(index, values.shape[1]) for index in most],
-                        *pseudo_masks(scene.image, present, maps, None)))
-    scene.draw((args.out or Path()) / "top-k.png",
-               "probability of each patch, red: the K largest. Below: BPM", columns)
+        model, _, picture = classifier_and_input(run, folder, image_id)
+        Y = model(picture)[0]  # (h, w, C)
+        values = Y[..., label]
+        most = values.flatten().topk(K or values.numel()).indices.tolist()
+        frames = [divmod(index, values.shape[1]) for index in most]
+        panel = f"K = {K}" if K else f"K = {len(most)} (all)", values, frames
+        bpm, = pseudo_masks(image, *class_maps(Y, folder.image_labels(image_id)), None)
+        columns.append((panel, bpm))
+    draw_maps((args.out or Path()) / "top-k.png", folder, image_id, columns, folder.classes[label]
+              + ": probability of each patch, red: the K largest. Below: BPM")
 
 
+@torch.no_grad()
 def draw_crf(args):
     """Probabilities and masks of one image after 0, 1, 3 and 10 iterations of the dense CRF."""
-    scene, columns = Scene(args), []
-    trained, _, present, maps = scene.maps(args.run / "cls.pt")
+    (folder, image_id, label), columns = chosen_image(args), []
+    image = np.array(read_image(folder.image_path(image_id)))
+    model, trained, picture = classifier_and_input(args.run, folder, image_id)
+    present, maps = class_maps(model(picture)[0], folder.image_labels(image_id))
     settings = settings_of_crf(args.run, trained["preset"])
-    probs = upsample(maps, *scene.image.shape[:2])
-    for iterations in (0, 1, 3, 10):
-        refined = dense_crf(scene.image, probs, **settings | dict(iterations=iterations))
-        columns.append((f"{iterations} iteration{'s' * (iterations != 1)}",
-                        refined[present == scene.label][0], (),
-                        present[refined.argmax(0)].byte().numpy()))
-    about = "probability of each pixel. CRF: {bilateral_sxy:g} pixels, {bilateral_srgb:g} RGB " \
-            "levels, weight {bilateral_compat:g}. Below: the mask"
-    scene.draw((args.out or Path()) / "crf.png", about.format(**settings), columns)
+    probs = upsample(maps, *image.shape[:2])
+    for n in (0, 1, 3, 10):
+        refined = dense_crf(image, probs, **settings | dict(iterations=n))
+        panel = f"{n} iteration{'s' * (n != 1)}", refined[present == label][0]
+        columns.append((panel, present[refined.argmax(0)].byte().numpy()))
+    about = "{bilateral_sxy:g} pixels, {bilateral_srgb:g} RGB levels, weight {bilateral_compat:g}"
+    draw_maps((args.out or Path()) / "crf.png", folder, image_id, columns, folder.classes[label]
+              + f": probability of each pixel. CRF: {about.format(**settings)}. Below: the mask")
 
 
 @torch.no_grad()
@@ -400,19 +364,18 @@ def draw_cpews(args):
     model, checkpoint = load_model(args.run / "cpews.pt", "cpews", cpews.CPEWSConfig, cpews.CPEWS)
     settings = argparse.Namespace(**checkpoint["args"] | dict(workers=0))
     folder, rows = Folder(args.data, checkpoint), []
-    ids, C = folder.ids(args.split), len(folder.classes)
-    for image_id in (ids[k * len(ids) // 4] for k in range(4)) if len(ids) > 4 else ids:
-        image = np.array(read_image(folder.image_path(image_id)))
-        truth = read_mask(folder.mask_path(image_id), C, image.shape[1::-1])
-        whole, y = cpews.photo(image, CPU), folder.image_labels(image_id)[None, 1:]
-        maps = model.cams(model.encodings(whole, settings.cam_scales).values(), y, image.shape[:2])
-        job, = cpews.run_network(model, folder, [image_id], settings, CPU, None)
-        masks, c = cpews.image_masks(*job), int(y.argmax())
-        rows.append([(image_id, image, {}),
-                     *((f"{name}:\n{folder.classes[c + 1]}", both[0, c], MAPS)
-                       for name, both in zip(("last layer", f"block {settings.aux_block}"), maps)),
-                     *(coloured(f"{name}, ", masks[name], truth, C)
-                       for name in ("cam", "pseudo", "pred")), coloured("ground truth", truth)])
+    ids = folder.ids(args.split)
+    ids = [ids[k * len(ids) // 4] for k in range(4)] if len(ids) > 4 else ids
+    for job, image_id in zip(cpews.run_network(model, folder, ids, settings, CPU, None), ids):
+        masks, y = cpews.image_masks(*job), folder.image_labels(image_id)[None, 1:]
+        photo, truth, *below = photo_panels(folder, image_id, [
+            (name, masks[name]) for name in ("cam", "pseudo", "pred")])
+        whole, name = cpews.photo(photo[1], CPU), folder.classes[1 + int(y.argmax())]
+        encodings = model.encodings(whole, settings.cam_scales).values()
+        maps = model.cams(encodings, y, whole.shape[2:])
+        layers = zip(("last layer", f"block {settings.aux_block}"), maps)
+        rows.append([photo, *((f"{layer}:\n{name}", both[0, y.argmax()])
+                              for layer, both in layers), *below, truth])
     panels(args.run / "maps.png", rows, f"{args.run.name}, {args.split}, evenly spaced. Maps: 0 "
            "dark, 1 yellow. cam and pseudo know the image labels, pred does not")
 
@@ -447,8 +410,7 @@ FIGURES = {  # name: what draws it, the flags that it needs
 def main(args):
     matplotlib.use("Agg")
     torch.set_flush_denormal(True)
-    for name in args.names:
-        FIGURES[name][0](args)
+    FIGURES[args.name][0](args)
 
 
 if __name__ == "__main__":

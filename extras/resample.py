@@ -3,7 +3,7 @@
 Run:    python extras/resample.py A B --data data/toy --split test --masks pseudo
         with A and B folders of study.py: runs/study/toy/context_none, runs/study/toy/default
 Prints: the mean mIoU of both over the seeds that both have, B's gain, its 95 % interval over
-        images (the same for A and B) and over images and seeds: percentiles of --draws resamples
+        images (the same for A and B) and over images and seeds: percentiles of 2,000 resamples
 An interval over seeds alone says what another run gives on these images; of other images it says
 nothing (B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993).
 """
@@ -13,12 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Folder
 from evaluate import confusion_of, miou
 from support.files import UserError
-from support.flags import number
 from support.processes import launch
 
 
@@ -30,11 +28,10 @@ def parse_args(argv=None):
     add("--data", type=Path, required=True, help="data set folder")
     add("--split", default="val", help="whose masks these are")
     add("--masks", default="bpm", help="the folder in each run: bpm, pseudo or pred")
-    add("--draws", type=number(int, 1, 10**6), default=2000, help="resamples")
     return parser.parse_args(argv)
 
 
-def intervals(first, second, draws):
+def intervals(first, second, draws=2000):
     """((low, high) over images, (low, high) over images and seeds) of the gain in mIoU, in %.
 
     first, second: confusion matrices (seeds, images, C, C + 1) of the same seeds and images.
@@ -60,10 +57,10 @@ def main(args):
     first, second = (np.array([[confusion_of(folder, i, run / seed / args.masks) for i in ids]
                                for seed in seeds]) for run in args.runs)
     means = [np.mean([100 * miou(seed.sum(axis=0)) for seed in part]) for part in (first, second)]
+    images, both = (f"{low:+.1f} to {high:+.1f}" for low, high in intervals(first, second))
     print(f"{args.masks} on {args.split} ({len(ids):,} images), {len(seeds)} seeds: "
           f"{means[0]:.1f} and {means[1]:.1f}, gain {means[1] - means[0]:+.1f}; 95 % over "
-          + ", over ".join(f"{what} {low:+.1f} to {high:+.1f}" for what, (low, high) in zip(
-              ("images", "images and seeds"), intervals(first, second, args.draws))))
+          f"images {images}, over images and seeds {both}")
 
 
 if __name__ == "__main__":

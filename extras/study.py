@@ -21,11 +21,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from support.files import UserError, atomic, write_lines
+from support.files import UserError, atomic, read_text, write_lines
 from support.flags import number
 from support.processes import launch
 
-K_FLAGS = {1: "--pool max", "N": "--pool avg"}  # so that table5 shares their runs
 # study -> rows: name, the paper's mIoU, flags of train_cls.py, flags of make_pseudo.py; where the
 # first ones begin with "cpews", both are flags of extras/cpews/train.py
 STUDIES = {
@@ -35,10 +34,9 @@ STUDIES = {
     "modules": [("baseline", "-", "--class-tokens none --context none", ""), ("both", "-", "", "")],
     "table5": [("average pooling", 67.7, "--pool avg", ""), ("max pooling", 68.1, "--pool max", ""),
                ("top-K pooling", 69.5, "", "")],
-    "top-k": [(f"K = {k}", "-", K_FLAGS.get(k, f"--top-k {k}"), "")
-              for k in (1, 2, 4, 6, 9, 12, 16, 24, 36, "N")],
-    "top-k-photo": [(f"K = {k}", "-", K_FLAGS.get(k, f"--top-k {k}"), "")
-                    for k in (1, 6, 12, 24, 36, 50, 72, 100, "N")],
+    "top-k": [("K = 1", "-", "--pool max", ""),  # this row and the last one are those of table5
+              *((f"K = {k}", "-", f"--top-k {k}", "") for k in (2, 4, 6, 9, 12, 16, 24, 36)),
+              ("K = N", "-", "--pool avg", "")],
     "stem": [("convolutional", "-", "", ""), ("linear", "-", "--backbone vit_toy_linear", "")],
     "class-tokens": [(t, "-", f"--class-tokens {t}" * (t != "soft"), "")
                      for t in ("none", "soft", "all", "append")],
@@ -49,11 +47,7 @@ STUDIES = {
                for k in (6, 24, 50, 100) for lr in ("1e-4", "3e-4", "1e-3", "3e-3")
                for n in (1, 2, 4)],
     "max-norm": [("with", "-", "", ""), ("without", "-", "", "--no-max-norm")],
-    "crf": [(c, "-", "", "--crf-sxy {} --crf-srgb {} --crf-compat {}".format(*c.split("/")))
-            for c in ("67/3/4", "121/5/4", "50/5/10", "80/13/10")],
     "size-toy": [(f"{s}x{s}", "-", "", f"--size {s}") for s in (64, 96, 144, 192)],
-    "size-photo": [(f"{s}x{s}", "-", "", f"--size {s}") for s in (320, 384, 448, 512, 576)],
-    "size-voc": [(f"{s}x{s}", "-", "", f"--size {s}") for s in (384, 640, 960, 1280)],
     "cpews2": [("decoder", "69.8 val, 71.4 test", "cpews", ""),
                ("decoder, CRF", "72.6 test", "cpews", "--crf")],
     "cpews3": [(f"{u} updates", paper, "cpews" + f" --pool-updates {u}" * (u > 0), "")
@@ -77,6 +71,7 @@ METHODS = {  # training, its checkpoint, what makes masks of a split, {column: f
     "cls": ("train_cls.py", "cls.pt", "make_pseudo.py --split", {"BPM": "bpm", "CRF": "pseudo"}),
     "cpews": ("extras/cpews/train.py", "cpews.pt", "extras/cpews/train.py --predict",
               {"cam": "cam", "pseudo": "pseudo", "pred": "pred"})}
+CSV = "data method variant split seed metric value".split()  # its columns; values are in %
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t at 95 %, df 1 to 9
 
 
@@ -131,13 +126,16 @@ def columns_of(results, prefix):
         f"{prefix}boundary IoU": 100 * results["boundary_miou"]}
 
 
-def of_training(run):
-    """{"val mAP": %, "loss x100": of Eq. (9)} of stage 1's last epoch, as RUN/log.jsonl has it."""
-    lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    last = [line for line in lines if line["stage"] == "train_cls"][-1:]
-    return {name: 100 * line[key] for line in last
-            for name, key in (("val mAP", "val_map"), ("loss x100", "loss"))
-            if line.get(key) is not None}
+def of_stage(run, stage, step):
+    """{epoch or iteration: line} of a stage in RUN/log.jsonl, of its last training alone."""
+    path, lines = run / "log.jsonl", {}
+    if not path.is_file():
+        raise UserError(f"{path} not found: run train_cls.py first")
+    for line in map(json.loads, read_text(path).splitlines()):
+        if line["stage"] == stage and step in line:  # a new training replaces what came later
+            lines = {number: old for number, old in lines.items() if number < line[step]}
+            lines[line[step]] = line
+    return lines
 
 
 def run_deeplab(args, run, method, mask_flags, seed, kept):
@@ -174,8 +172,7 @@ def run_variant(args, train_flags, mask_flags, seed):
     same = 3 if args.full and "DeepLabv2" in saved.get("scores", ()) else 2  # masks know no stage 3
     if saved and saved["settings"][:same] != settings[:same]:
         raise UserError(f"{note} is of other data or flags: choose another --out")
-    whole = any("boundary IoU" in name for name in saved.get("scores", ()))  # else it is older
-    if whole and ("DeepLabv2" in saved["scores"] or not args.full):
+    if saved and ("DeepLabv2" in saved["scores"] or not args.full):
         return saved["scores"]
     run.mkdir(parents=True, exist_ok=True)
     call(args, trained, train, "--seed", seed, "--resume", *flags, *kept)
@@ -191,7 +188,10 @@ def run_variant(args, train_flags, mask_flags, seed):
     scores = {column: 100 * results[masks]["miou"] for column, masks in columns.items()}
     for masks, prefix in (("bpm", ""), ("cam", "cam: "), ("pred", "pred: ")):
         scores |= columns_of(results[masks], prefix) if masks in results else {}
-    scores |= of_training(trained)
+    for epoch in [*of_stage(trained, "train_cls", "epoch").values()][-1:]:
+        if epoch.get("val_map") is not None:
+            scores["val mAP"] = 100 * epoch["val_map"]
+        scores["loss x100"] = 100 * epoch["loss"]  # of Eq. (9)
     if args.full:
         results["deeplab"] = run_deeplab(args, run, method, mask_flags, seed, kept_masks)
         scores["DeepLabv2"] = 100 * results["deeplab"]["miou"]
@@ -201,73 +201,60 @@ def run_variant(args, train_flags, mask_flags, seed):
     return scores
 
 
-def cells(values):
-    """The mean of a column and its standard deviation over seeds."""
-    return [f"{statistics.mean(values):.1f}",
-            f"{statistics.stdev(values):.1f}" if len(values) > 1 else ""]
+def cells(runs, scores):
+    """For each score its mean over the runs, one a seed, and its standard deviation."""
+    found = []
+    for score in scores:
+        values = [run[score] for run in runs]
+        found += [f"{statistics.mean(values):.1f}",
+                  f"{statistics.stdev(values):.1f}" if len(values) > 1 else ""]
+    return found
 
 
-def gain(mine, others, score):
-    """The mean difference between runs of the same seed; its 95 % interval (Student's t)."""
-    gains = [run[score] - other[score] for run, other in zip(mine, others)]
-    mean, n, half = statistics.mean(gains), len(gains), None
-    if n > 1:
-        half = T95[min(n, 10) - 2] / n ** 0.5 * statistics.stdev(gains)
-    return [f"{mean:+.1f}" if any(gains) else "",
-            f"{mean - half:+.1f} to {mean + half:+.1f}" if half else ""]
+def gain(runs, others, scores):
+    """For each score the mean difference between runs of the same seed, and its 95 % interval."""
+    found = []
+    for score in scores:
+        gains = [run[score] - other[score] for run, other in zip(runs, others)]
+        mean, n = statistics.mean(gains), len(gains)
+        half = T95[min(n, 10) - 2] / n ** 0.5 * statistics.stdev(gains) if n > 1 else 0
+        found += [f"{mean:+.1f}" if any(gains) else "",
+                  f"{mean - half:+.1f} to {mean + half:+.1f}" if half else ""]
+    return found
 
 
 def markdown(heads, lines):
     """A table's lines."""
-    rule = "|---" * len(heads) + "|"
-    heads, *lines = (f"| {' | '.join(map(str, line))} |" for line in (heads, *lines))
-    return [heads, rule, *lines]
-
-
-def table(rows, results, scores, gain_in=None):
-    """Markdown; results: for each row a list of dictionaries of scores, one a seed.
-
-    gain_in names the score whose gain over the first row is told.
-    """
-    source = "paper (decoder, VOC)" if "pred" in scores else "paper (DeepLabv2, VOC val)"
-    heads = ["variant", *([source, "seeds"] if gain_in else []),
-             *sum(([score, "sd"] for score in scores), []),
-             *([f"gain in {gain_in}", "95 % interval"] if gain_in else [])]
-    return markdown(heads, [
-        [name, *([paper, len(mine)] if gain_in else []),
-         *sum((cells([of_seed[score] for of_seed in mine]) for score in scores), []),
-         *(gain(mine, results[0], gain_in) if gain_in else [])]
-        for (name, paper, *_), mine in zip(rows, results)])
-
-
-def pairs(rows, results, scores):
-    """Markdown: the gain of each row over each row above it."""
-    heads = ["difference", *sum(([score, "95 % interval"] for score in scores), [])]
-    return markdown(heads, [
-        [f"{rows[i][0]} against {rows[j][0]}",
-         *sum((gain(results[i], results[j], score) for score in scores), [])]
-        for i in range(len(rows)) for j in range(i)])
+    text = [f"| {' | '.join(map(str, line))} |" for line in (heads, *lines)]
+    return [text[0], "|---" * len(heads) + "|", *text[1:]]
 
 
 def tables(rows, results):
-    """The masks' mIoU with the gain of the last step, what they find, all gains of a few rows."""
+    """The masks' mIoU with the gain of the last step, what they find, all gains of a few rows.
+
+    results: for each row a list of dictionaries of scores, one a seed.
+    """
     names = [name for name in results[0][0] if all(name in seed for row in results for seed in row)]
     masks = [name for name in ("BPM", "CRF", "cam", "pseudo", "pred", "DeepLabv2") if name in names]
     found = [name for name in names if name not in masks]
     last = next(name for name in ("DeepLabv2", "pred", "BPM") if name in masks)
-    return [*table(rows, results, masks, last),
-            *(["", *table(rows, results, found)] * bool(found)),
-            *(["", *pairs(rows, results, names)] if len(rows) <= 12 else [])]
 
+    def _heads(scores, second):
+        return [head for score in scores for head in (score, second)]
 
-def raw_rows(args, rows, results):
-    """The rows of a .csv: data, method, variant, split, seed, metric, value in %."""
-    yield "data method variant split seed metric value".split()
-    for (variant, *_), of_seeds in zip(rows, results):
-        for seed, scores in zip(args.seeds, of_seeds):
-            for metric, value in scores.items():
-                yield [args.data.resolve().name, args.method, variant, args.split, seed, metric,
-                       f"{value:.2f}"]
+    source = "paper (decoder, VOC)" if "pred" in masks else "paper (DeepLabv2, VOC val)"
+    lines = markdown(
+        ["variant", source, "seeds", *_heads(masks, "sd"), f"gain in {last}", "95 % interval"],
+        [[name, paper, len(runs), *cells(runs, masks), *gain(runs, results[0], [last])]
+         for (name, paper, *_), runs in zip(rows, results)])
+    if found:
+        lines += ["", *markdown(["variant", *_heads(found, "sd")], [
+            [name, *cells(runs, found)] for (name, *_), runs in zip(rows, results)])]
+    if len(rows) <= 12:
+        lines += ["", *markdown(["difference", *_heads(names, "95 % interval")], [
+            [f"{rows[i][0]} against {rows[j][0]}", *gain(results[i], results[j], names)]
+            for i in range(len(rows)) for j in range(i)])]
+    return lines
 
 
 def main(args):
@@ -284,8 +271,11 @@ def main(args):
         lines = tables(rows, results)
         name = f"{args.data.resolve().name}/{study}-{args.split}{'-full' * args.full}"
         write_lines(args.out / f"{name}.md", lines)
+        raw = [[args.data.resolve().name, args.method, variant, args.split, seed, metric,
+                f"{value:.2f}"] for (variant, *_), runs in zip(rows, results)
+               for seed, run in zip(args.seeds, runs) for metric, value in run.items()]
         with atomic(args.out / f"{name}.csv") as path, path.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(raw_rows(args, rows, results))
+            csv.writer(file, lineterminator="\n").writerows([CSV, *raw])
         print(f"\n{study} on {args.data}, {args.split}:", *lines, sep="\n")
 
 

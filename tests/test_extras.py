@@ -68,8 +68,8 @@ def test_table_by_hand():
     assert lines[-1] == f"| second against first | +5.0 | {interval} | +2.0 | {crf} |  |  |"
     one = study.tables(rows, [scores[0][:1], scores[1][:1]])
     assert one[3:5] == ["| second | - | 1 | 15.0 |  | 21.0 |  | +5.0 |  |", ""]
-    third = study.pairs([*rows, ("third",)], [*scores, scores[0]], ["BPM"])
-    assert [line.split(" | ")[:2] for line in third[2:]] == [
+    third = study.tables([*rows, ("third", "-")], [*scores, scores[0]])
+    assert [line.split(" | ")[:2] for line in third[-3:]] == [
         ["| second against first", "+5.0"], ["| third against first", ""],
         ["| third against second", "-5.0"]]
     full = [[seed | {"DeepLabv2": 3 * seed["CRF"]} for seed in row] for row in scores]

@@ -39,7 +39,7 @@ def test_the_command_reads_the_runs_that_both_have(toy, tmp_path, capsys):
     for name in ("a/s0", "a/s1", "b/s0"):
         for image_id in ids:
             save_mask(tmp_path / name / f"bpm/{image_id}.png", np.zeros((96, 96)))
-    words = [str(tmp_path / "a"), str(tmp_path / "b"), "--data", str(toy), "--draws", "9"]
+    words = [str(tmp_path / "a"), str(tmp_path / "b"), "--data", str(toy)]
     resample.main(resample.parse_args(words))
     told = capsys.readouterr().out
     assert f"bpm on val ({len(ids)} images), 1 seeds: " in told

@@ -52,7 +52,7 @@ def test_a_table_quotes_results_csv(page, where, lines):
             elif name in ("gain", "95 % interval"):
                 seeds = sorted({*mine[metric]} & {*first[metric]})
                 pair = [[{metric: side[metric][seed]} for seed in seeds] for side in (mine, first)]
-                expected = study.gain(*pair, metric)[name != "gain"] if mine is not first else ""
+                expected = study.gain(*pair, [metric])[name != "gain"] if mine is not first else ""
             else:
                 continue
             assert cell.strip("*") == expected, (row[0], name, metric)
