@@ -37,6 +37,9 @@ STUDIES = {
     "top-k": [("K = 1", "-", "--pool max", ""),  # this row and the last one are those of table5
               *((f"K = {k}", "-", f"--top-k {k}", "") for k in (2, 4, 6, 9, 12, 16, 24, 36)),
               ("K = N", "-", "--pool avg", "")],
+    "top-k-photo": [("K = 1", "-", "--pool max", ""),
+                    *((f"K = {k}", "-", f"--top-k {k}", "") for k in (6, 12, 24, 36, 50, 72, 100)),
+                    ("K = N", "-", "--pool avg", "")],
     "stem": [("convolutional", "-", "", ""), ("linear", "-", "--backbone vit_toy_linear", "")],
     "class-tokens": [(t, "-", f"--class-tokens {t}" * (t != "soft"), "")
                      for t in ("none", "soft", "all", "append")],
