@@ -60,7 +60,7 @@ STUDIES = {
                ("+ PDL", "-", "cpews --ssl-weight 0", ""), ("+ SSL", "-", "cpews", ""),
                ("+ SSL at 0.05, U = N", "-", "cpews --ssl-weight 0.05 --ssl-pool all", "")],
     "ssl": [("no SSL", "-", "cpews --ssl-weight 0", "")] + [
-        (f"U: {pool}, {weight}", "-", f"cpews --ssl-pool {pool} --ssl-weight {weight}", "")
+        (f"U: {pool} at {weight}", "-", f"cpews --ssl-pool {pool} --ssl-weight {weight}", "")
         for pool, weight in (("unshared", 0.001), ("unshared", 0.003), ("unshared", 0.01),
                              ("all", 0.003))],
     "cpews5": [(f"block {a}", "-", "cpews" + f" --aux-block {a}" * (a != 3), "")
