@@ -2,6 +2,7 @@
 import ctypes
 import multiprocessing as mp
 import os
+import shutil
 import signal
 import sys
 from datetime import timedelta
@@ -79,7 +80,13 @@ def join_processes(name="auto"):
 def wrap_for_training(model, args, world):
     """The network that trains: model, over several ranks if there are, compiled if asked for."""
     network = DistributedDataParallel(model) if world > 1 else model
-    return torch.compile(network, dynamic=False) if args.compile else network
+    if not args.compile:
+        return network
+    words = "CC gcc clang" if torch.cuda.is_available() else "CXX g++ clang++"
+    variable, *names = words.split()
+    if not any(map(shutil.which, [*names, os.environ.get(variable, names[0])])):
+        raise UserError(f"--compile needs {' or '.join(names)}: install one, or leave the flag out")
+    return torch.compile(network, dynamic=False)
 
 
 def ignore_interrupts(worker):
