@@ -44,7 +44,7 @@ demo: .venv/ready $(TOY)/image_labels.txt
 	$(PY) evaluate.py    --data $(TOY) --run $(RUN) $(FLAGS)
 
 voc voc-small: DATA = data/VOC2012
-voc-small: FLAGS += --preset voc-small
+voc-small: override FLAGS += --preset voc-small
 coco: DATA = data/COCO2014
 voc coco voc-small: .venv/ready
 	$(PY) train_cls.py   --data $(DATA) --run runs/$@ --resume $(FLAGS) $(CLS_FLAGS)
@@ -77,7 +77,7 @@ check: .venv/tests
 		-m $(if $(filter 1 2 3 4 5 6 7 8 9 10,$(EQ)),eq)$(or $(EQ),$(error EQ is needed: make check EQ=8))
 
 gpu: .venv/tests
-	$(PY) extras/gpu.py $(if $(PART),--only $(PART))
+	$(PY) extras/bench.py --gpu --out runs/gpu.md $(if $(PART),--only $(PART))
 
 # a folder of beetles from before superclasses.txt is completed
 $(TOY)/image_labels.txt $(TOY)/superclasses.txt: | .venv/ready

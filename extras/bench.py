@@ -1,6 +1,7 @@
 """What loading, the stages, the context and the CRF cost on this machine, as one Markdown table.
 
 Run:    python extras/bench.py [--quick] [--only PART]
+        python extras/bench.py --gpu --out runs/gpu.md     (make gpu)
 Writes: the table to the terminal and to --out, a row as soon as it is measured (docs/SPEED.md)
 ViT-B/16, ResNet-101 and photos; with --quick the toy's networks and sizes. The stages run as they
 are, from files to files; medians are over calls after a warm-up; a GPU computes in bfloat16.
@@ -43,19 +44,18 @@ PAPER = {"stage 1, hv": 48 * 10582, "stage 1, hv, frozen": 2 * 10582, "stage 2":
          "stage 3": 20_000 * 10, "stage 4, CRF": 1449}
 
 
-def parse_args(argv=None, parts=("loading", "context", "crf", "stages"), **defaults):
-    """How much to measure; the arguments also hold the sizes and what to measure.
-
-    Another script may have more parts and other defaults of the flags.
-    """
+def parse_args(argv=None):
+    """How much to measure; the arguments also hold the sizes and what to measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="toy-sized networks and images")
     parser.add_argument("--only", choices=PARTS, help="measure this part alone")
     parser.add_argument("--out", type=Path, help="write the table to this file, too")
-    parser.set_defaults(**defaults)
+    parser.add_argument("--gpu", action="store_true", help="does it compute what the CPU computes? "
+                        "Then all parts; without one at toy sizes, which show that they run")
     args = parser.parse_args(argv)
-    vars(args).update(SIZES[args.quick], workers=min(16, os.cpu_count()),
-                      parts=[args.only] if args.only else parts)
+    args.quick |= args.gpu and not torch.cuda.is_available()
+    vars(args).update(SIZES[args.quick], workers=min(16, os.cpu_count()), parts=[args.only] if
+                      args.only else [part for part in PARTS if args.gpu or part != "equal"])
     return args
 
 
@@ -244,7 +244,7 @@ PARTS = {"equal": equal, "loading": loading, "context": context, "crf": dense_cr
 
 def main(args):
     args.device, _, _ = join_processes()
-    args.gpu = args.device.type == "cuda"
+    asked, args.gpu = args.gpu, args.device.type == "cuda"
     args.amp = torch.autocast(args.device.type, torch.bfloat16, args.gpu)
     device = torch.cuda.get_device_name() if args.gpu else "no GPU"
     args.rows = [f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads", "",
@@ -257,6 +257,8 @@ def main(args):
             make_textures(args, args.root, {"train": number, "val": val})
         for part in args.parts:
             PARTS[part](args)
+    if asked and not args.gpu:
+        print("no GPU: toy sizes on the CPU, which say nothing of CUDA")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""extras/bench.py and extras/gpu.py on the CPU at toy sizes: what they do, not how fast it is."""
+"""extras/bench.py on the CPU at toy sizes: what they do, not how fast it is."""
 from unittest import mock
 
 import numpy as np
@@ -7,7 +7,6 @@ import torch
 
 import bench
 import data
-import gpu
 from support import files
 from support.masks import read_image, read_mask
 
@@ -56,7 +55,7 @@ def test_make_gpu_compares_the_cpu_with_itself_and_fills_the_table(tmp_path, cap
     speeds, log = [], files.log
     with mock.patch.object(files, "log", lambda home, stage, **values: (
             speeds.append(values.get("images_s")), log(home, stage, **values))):
-        gpu.main(gpu.parse_args(["--out", str(tmp_path / "gpu.md")]))
+        bench.main(bench.parse_args(["--gpu", "--out", str(tmp_path / "gpu.md")]))
     found = rows((tmp_path / "gpu.md").read_text())
     for part in ("stage 1, CPU and GPU", "stage 3, CPU and GPU"):
         assert found[part, "float32"][0] == 0 and found[part, "float32"][2].endswith("by 0 %")
