@@ -5,13 +5,14 @@ h x w patch grid, N = h * w, D width; F and A are `features` and `aux`, M = W F 
 """
 from collections import defaultdict
 from dataclasses import dataclass
+from heapq import nlargest
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from extras.cpews.par import refine
-from support.backbones import FrozenBatchNorm, Normalise, create_backbone
+from support.backbones import Network, Normalise, create_backbone
 from support.files import UserError, read_text
 from support.masks import IGNORE
 
@@ -37,7 +38,7 @@ def unflipped(maps, size):
     return torch.stack([plain, flipped.flip(-1)])
 
 
-class CPEWS(FrozenBatchNorm):
+class CPEWS(Network):
     """A ViT with two image classifiers, W and W', and a decoder: images -> classes of pixels."""
 
     def __init__(self, config, pretrained=False, weights=None):
@@ -170,14 +171,6 @@ def superclasses(folder):
     return [[name in names for names in members].index(True) for name in folder.classes[1:]]
 
 
-def unshared(c, image_labels, groups):
-    """E10: whether a negative of class c, from an image with labels (O,), is in U_c."""
-    if groups is None:
-        return True
-    relatives = [k for k, group in enumerate(groups) if group == groups[c]]
-    return len(relatives) > 1 and not image_labels[relatives].any()
-
-
 def first_centres(points, K, seed):
     """k-means++: K of the points (n, D), each drawn by its squared distance to those before."""
     generator = torch.Generator().manual_seed(seed)
@@ -206,14 +199,15 @@ def make_pools(regions, groups, K, seed, look_further=False):
     """
     positive, negative, apart = defaultdict(list), defaultdict(list), defaultdict(list)
     for n, (f, exists, z, image_labels) in enumerate(regions):
+        shown = {group for group, y in zip(groups or (), image_labels) if y}
         for c in exists.nonzero().flatten().tolist():
             if image_labels[c]:
                 positive[c].append(f[c].clone())
                 continue
-            other = (z[c].item(), -n, f[c:c + 1].clone(), unshared(c, image_labels, groups))
-            keep_best(negative[c], other, K)
-            if other[-1]:
-                keep_best(apart[c], other, K)
+            alone = groups is None or groups.count(groups[c]) > 1 and groups[c] not in shown
+            other = (z[c].item(), -n, f[c:c + 1].clone(), alone)
+            negative[c] = nlargest(K, [*negative[c], other])
+            apart[c] = nlargest(K, apart[c] + [other] * alone)
     pools, none = dict(P=[], N=[], U=[]), f.new_zeros(0, f.shape[1])
     for c in range(len(f)):
         P = torch.stack(positive[c]) if positive[c] else none
@@ -222,13 +216,6 @@ def make_pools(regions, groups, K, seed, look_further=False):
         apart_c = apart[c] if look_further else [other for other in negative[c] if other[-1]]
         pools["U"].append(torch.cat([none, *(of for *_, of, _ in apart_c)]))
     return pools
-
-
-def keep_best(best, entry, K):
-    """Add an entry, which begins with its score, to a list of the K best."""
-    best.append(entry)
-    best.sort(reverse=True)
-    del best[K:]
 
 
 # --- PDL and SSL: near the own prototypes, away from what is mistaken for the class ------------

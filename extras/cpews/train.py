@@ -75,9 +75,9 @@ def parse_args(argv=None):
     add("--fov-dilation", 5, "of the decoder's two 3x3 convolutions, E5", toy=1, photo=1, low=1)
     add("--cam-scales", [1.0, 0.5, 1.5], "input scales of the class maps, E6", toy=[1.0],
         photo=[1.5], nargs="+", low=0.01, high=100)
-    add("--cam-high", 0.7, "foreground is above it, E7, E14", coco=0.65, toy=0.6, photo=0.3, high=1)
-    add("--cam-low", 0.25, "background is below it; between: unsure", toy=0.45, photo=0.2, high=1)
-    add("--cam-threshold", 0.5, "background's score in cam/", coco=0.45, toy=0.6, photo=0.3, high=1)
+    add("--cam-high", 0.7, "foreground is above it, E7, E14", coco=0.65, toy=0.6, photo=0.5, high=1)
+    add("--cam-low", 0.25, "background is below it; between: unsure", toy=0.45, photo=0.3, high=1)
+    add("--cam-threshold", 0.5, "background's score in cam/", coco=0.45, toy=0.6, high=1)
     add("--mask-threshold", 0.1, "tau, E9: a region's least score over the largest", high=1)
     add("--prototypes", 10, "K, E10: of a class, at most, positive and negative ones", low=1)
     add("--pool-cam", "aux", "maps whose regions make the pools, E10: main is M, aux is M'",
@@ -173,10 +173,7 @@ def new_pools(model, folder, ids, groups, args, device):
 
 
 def parameter_groups(model, args):
-    """AdamW's groups: the ViT, and the other layers at --head-lr times its rate.
-
-    first: the step at which a group begins to learn, from which its warm-up counts.
-    """
+    """AdamW's groups, ViT and rest; first: the step from which on it learns and warms up."""
     others = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
     return [dict(params=[*model.backbone.parameters()], base_lr=args.lr,
                  first=args.warm_up * args.freeze_warm_up),
