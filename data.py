@@ -123,9 +123,9 @@ class Folder:
 
 # --- what the stages see -----------------------------------------------------------------------
 class Images(Dataset):
-    """Stages 2 and 4: index -> id, image (H, W, 3) uint8 as decoded, resized (3, S, S) uint8.
+    """Stages 2 to 4: index -> id, image (H, W, 3) uint8 as decoded, resized (3, S, S) uint8.
 
-    tokens, where keep_tokens() has set it, takes the place of resized.
+    S is 1 where nobody reads resized; keep_tokens() (support/tokens.py) puts tokens in its place.
     """
     tokens = None
 
@@ -161,7 +161,7 @@ def sub_seed(seed, number):
 def seeded(seed, number):
     """Torch's random numbers of this block are a function of seed and number alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(sub_seed(seed, number))  # not CUDA's, too
+        torch.default_generator.manual_seed(sub_seed(seed, number))  # leaves CUDA's alone
         yield
 
 
@@ -250,7 +250,7 @@ def batches(num_images, batch_size, seed, start, stop, rank=0, world=1):
 
 
 def training_batches(dataset, args, device, first, last, what, rank=0, world=1):
-    """Yield (step, images, targets ...) of steps first to last - 1, on the device, under a bar."""
+    """Yield (step, images, targets ...) of steps first to last - 1, on the device, and a bar."""
     sampler = batches(len(dataset), args.batch_size, args.seed, first, last, rank, world)
     loaded = loader(dataset, args, device, batch_sampler=sampler)
     bar = progress(loaded, what, last - first, rank > 0)

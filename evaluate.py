@@ -5,8 +5,8 @@ Run:    python evaluate.py --data data/toy --run runs/toy [--crf]
         python evaluate.py --run runs/toy --image photo.jpg --out photo.png
         python evaluate.py --data data/VOC2012 --run runs/voc --crf --split test --export
 Reads:  RUN/seg.pt, JPEGImages/, SegmentationClass/; RUN/bpm, RUN/pseudo and Parts/, if any
-Writes: RUN/pred/ID.png, RUN/results.json, RUN/figure.png; with --masks results.json beside the
-        masks that stage 2 or 4 wrote; with --image the palette mask OUT and OUT's name +
+Writes: RUN/pred/ID.png, RUN/results.json, RUN/figure.png; with --masks results.json beside
+        masks that our scripts wrote; with --image the palette mask OUT and OUT's name +
         _overlay.png; with --export RUN/results/, what VOC's test server takes, and no score
 Result: mIoU 58.6 (sd 1.0, 5 seeds) on test of the beetles, without CRF, from stages 1 to 3
 """
@@ -116,7 +116,7 @@ def score_masks(folder, ids, directory, workers=0, notes=True):
 
 
 def report(args, folder, directory):
-    """Score directory's masks: print the table, write results.json if stage 2 or 4 made them."""
+    """Score directory's masks: print the table, write results.json beside a settings.json."""
     ids, made_with = folder.ids(args.split), read_settings(directory)
     confusion, about = score_masks(folder, ids, directory, args.workers)
     if not about["num_images"]:
@@ -182,7 +182,7 @@ def predict_log_probs(model, image, device, amp, window=None, stride=None, bar=i
 
 
 def upsampled_argmax(maps, height, width):
-    """upsample(maps, height, width).argmax(0) as uint8, in memory that all maps share."""
+    """upsample(maps, height, width).argmax(0) as uint8; one map at a time is upsampled."""
     best = upsample(maps[:1], height, width)[0]
     mask = torch.zeros((height, width), dtype=torch.uint8, device=maps.device)
     for label in range(1, len(maps)):

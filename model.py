@@ -1,7 +1,7 @@
 """The two networks: CPF-CTE, the patch classifier (Sec. 0.3), and DeepLabv2, trained on its masks.
 
-Legend: B batch, C classes with background, h x w patch grid, N = h * w patches, D width, K top-k.
-Read CPFCTE.forward first: it is the paper's Fig. 2 from left to right, Eq. (1) to Eq. (7).
+Legend: B batch, C classes with background, h x w patch grid, N = h * w patches, D width, K top-k;
+cell: how many pixels of the image are one of the output. Read CPFCTE.forward first: Eq. (1) to (7).
 """
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.backbones import FrozenBatchNorm, Normalise, create_backbone, initialise, patch_grid
+from support.backbones import Network, Normalise, create_backbone, initialise, patch_grid
 
 
 # --- CPF-CTE -----------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def scan(lstm, lines, class_tokens=None):
     return hidden[:, -steps:].reshape(B, number, steps, -1)
 
 
-class CPFCTE(FrozenBatchNorm):
+class CPFCTE(Network):
     """Context Patch Fusion with Class Token Enhancement: images -> classes of their patches."""
 
     def __init__(self, config, pretrained=False, weights=None):
@@ -126,7 +126,7 @@ class CPFCTE(FrozenBatchNorm):
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(D, C, bias=False)  # W_c
         self.initialise_head(pretrained or weights)
-        self.blocks_left = 0  # number of last blocks that kept tokens (--tokens) still have to pass
+        self.blocks_left = 0  # of the last blocks: those that --tokens's have still to pass
 
     def initialise_head(self, pretrained):
         """Initialise as Keras does; Eq. (2) starts by ignoring the class tokens. With a pretrained
@@ -141,9 +141,9 @@ class CPFCTE(FrozenBatchNorm):
             nn.init.zeros_(self.classifier.weight)
 
     def forward(self, images):
-        """Images (B, 3, H, W) in [0, 1], or what frozen_tokens() made of them (B, n, D) ->
+        """Images (B, 3, H, W) in [0, 1] -> Y (B, h, w, C) float32: each patch's probabilities.
 
-        Y (B, h, w, C) float32: each patch's class probabilities.
+        In their place: the tokens (B, n, D) that --tokens has of them (support/tokens.py).
         """
         tokens = self.patch_tokens(images)                     # Eq. (1)       (B, h, w, D)
         tokens = self.enhance(tokens)                          # Eq. (2)       (B, h, w, D)
@@ -170,12 +170,12 @@ class CPFCTE(FrozenBatchNorm):
             t = self.class_attention(tokens) @ self.class_tokens            # (B, h, w, D)
         elif self.config.class_tokens == "all":  # after the linear map a constant vector, a bias
             t = self.class_tokens.flatten().expand(*tokens.shape[:-1], -1)  # (B, h, w, C D)
-        else:  # append: they join the BiLSTM's lines; none
+        else:  # none, or append: fuse() puts the class tokens before the BiLSTM's lines
             return tokens
         return self.enhance_proj(torch.cat([tokens, t.to(tokens.dtype)], dim=-1))
 
     def class_attention(self, tokens):
-        """a = softmax_c(p_i . t_c / sqrt(D)), (B, h, w, C): which class token a patch gets."""
+        """a = softmax_c(p_i . t_c / sqrt(D)), (B, h, w, C): the weight of each token in t(i)."""
         # not in the paper ("its corresponding class token"): nobody knows a patch's class
         return (tokens @ self.class_tokens.T / tokens.shape[-1] ** 0.5).softmax(dim=-1)
 
@@ -201,7 +201,7 @@ def pool_patches(patch_probs, pool="topk", top_k=6):
     """Eq. (8), Table 5: Y (B, h, w, C) -> image scores s (B, C)."""
     Y = patch_probs.flatten(1, 2)  # (B, N, C)
     K = {"max": 1, "avg": Y.shape[1], "topk": min(top_k, Y.shape[1])}[pool]
-    # patches that tie at the K-th place share what is left: K = 3 of 5, 4, 4, 4 is 1, 2/3, 2/3, 2/3
+    # ties at the K-th place share the places left: K = 3 weighs 5, 4, 4, 4 with 1, 2/3, 2/3, 2/3
     least = Y.topk(K, dim=1).values[:, -1:]
     above, equal = Y > least, Y == least
     share = (K - above.sum(1, keepdim=True)) / equal.sum(1, keepdim=True)
@@ -231,7 +231,7 @@ def classification_loss(scores, image_labels):
 
 
 def upsample(maps, height, width):
-    """(P, h, w) -> (P, height, width), bilinear; maps that sum to one still do."""
+    """Maps (n, h, w) -> (n, height, width), bilinear; maps that sum to one still do."""
     return F.interpolate(maps[None], (height, width), mode="bilinear", align_corners=False)[0]
 
 
@@ -246,7 +246,7 @@ class SegmenterConfig:
     output_stride: int = 8             # pixels of the image to one of the logits
 
 
-class DeepLabv2(FrozenBatchNorm):
+class DeepLabv2(Network):
     """DeepLabv2: a dilated CNN, ASPP with summed branches, the maximum over input scales."""
 
     def __init__(self, config, pretrained=False, weights=None):

@@ -38,9 +38,9 @@ def parse_args(argv=None):
         voc_small="vit_tiny_patch16_224.augreg_in21k_ft_in1k", photo="vit_lite0")
     add("--class-tokens", "soft", "t(i) in Eq. (2). soft: each patch's own mixture of the tokens; "
         "all: every token for every patch, which is a bias; append: tokens join the BiLSTM's "
-        "lines; none: Table 4", choices=("soft", "all", "append", "none"))
+        "lines; none: without, Table 4", choices=("soft", "all", "append", "none"))
     add("--context", "hv", "Eq. (3) to (6). hv: BiLSTMs along rows and columns; raster: one along "
-        "the row-major sequence; none: Table 4. Not in the paper: conv, a depthwise 7x7; pool, "
+        "the row-major sequence; none: without. Not in the paper: conv, a depthwise 7x7; pool, "
         "means of row and column", choices=(*CONTEXTS, "none"))
     add("--dropout", 0.2, "before the BiLSTM and before the classifier", toy=0.0, high=0.99)
     add("--pool", "topk", "Eq. (8), Table 5", choices=("topk", "max", "avg"))
@@ -91,7 +91,7 @@ def validate(model, dataset, args, device):
     """{name: value} of a split, by its image labels alone.
 
     val_map: mAP of the image scores, over the object classes that occur. border_background and
-    centre_background: the background share of these patches; a note if they look exchanged.
+    centre_background: the share of background in these patches; a note if sides look exchanged.
     """
     model.eval()
     scores, background = [], []

@@ -155,8 +155,8 @@ class Normalise(nn.Module):
         return (images - self.mean) / self.std
 
 
-class FrozenBatchNorm(nn.Module):
-    """A network whose batch norms keep their statistics where they do not learn."""
+class Network(nn.Module):
+    """nn.Module whose batch norms keep their statistics where they do not learn."""
 
     def train(self, mode=True):
         """As nn.Module's."""

@@ -74,6 +74,15 @@ def test_plain_commands_are_those_of_make(target):
     assert plain and plain == made[-len(plain):]
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="calls make")
+def test_flags_of_the_command_line_leave_voc_small_its_preset():
+    made = subprocess.run(["make", "-nB", "voc-small", "FLAGS=--workers 8"], cwd=ROOT, text=True,
+                          capture_output=True, check=True).stdout
+    stages = [line for line in made.splitlines() if "--data data/VOC2012" in line]
+    assert len(stages) == 4
+    assert all("--workers 8" in line and "--preset voc-small" in line for line in stages)
+
+
 def test_plain_commands_stand_beside_every_target():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.search(r"^\.PHONY: (.*)", makefile, re.MULTILINE)[1].split())
