@@ -9,7 +9,7 @@
 # make demo SEED=1 RUN=runs/toy1: another seed
 # make starter DIR=../assignment: the exercises of docs/TEACHING.md; make check EQ=8: one's tests
 #   (EQ=1 to 10, confusion, iou, deeplabv2)
-# make gpu: is a GPU right, how fast is it, what misses its goal; PART=crf measures one part
+# make gpu: is a GPU right, how fast is it; PART=crf measures one part
 # FLAGS="--workers 8": flags for every stage; CLS_FLAGS, SEG_FLAGS: for train_cls.py, train_seg.py;
 #   CPEWS_FLAGS: for the training of extras/cpews/train.py
 PYTHON ?= python3

@@ -250,7 +250,7 @@ def batches(num_images, batch_size, seed, start, stop, rank=0, world=1):
 
 
 def training_batches(dataset, args, device, first, last, what, rank=0, world=1):
-    """Yield (step, images, targets ...) of steps first to last - 1, on the device, and a bar."""
+    """Yield (step, images, targets ...) of steps first to last - 1, on the device; show a bar."""
     sampler = batches(len(dataset), args.batch_size, args.seed, first, last, rank, world)
     loaded = loader(dataset, args, device, batch_sampler=sampler)
     bar = progress(loaded, what, last - first, rank > 0)

@@ -126,7 +126,7 @@ class CPFCTE(Network):
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(D, C, bias=False)  # W_c
         self.initialise_head(pretrained or weights)
-        self.blocks_left = 0  # of the last blocks: those that --tokens's have still to pass
+        self.blocks_left = 0  # last blocks that kept tokens (--tokens) still have to pass
 
     def initialise_head(self, pretrained):
         """Initialise as Keras does; Eq. (2) starts by ignoring the class tokens. With a pretrained

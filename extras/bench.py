@@ -50,8 +50,8 @@ def parse_args(argv=None):
     parser.add_argument("--quick", action="store_true", help="toy-sized networks and images")
     parser.add_argument("--only", choices=PARTS, help="measure this part alone")
     parser.add_argument("--out", type=Path, help="write the table to this file, too")
-    parser.add_argument("--gpu", action="store_true", help="does it compute what the CPU computes? "
-                        "Then all parts; without one at toy sizes, which show that they run")
+    parser.add_argument("--gpu", action="store_true", help="does a GPU compute what the CPU does? "
+                        "Then all parts; without a GPU at toy sizes, which show that they run")
     args = parser.parse_args(argv)
     args.quick |= args.gpu and not torch.cuda.is_available()
     vars(args).update(SIZES[args.quick], workers=min(16, os.cpu_count()), parts=[args.only] if

@@ -1,4 +1,4 @@
-"""extras/bench.py on the CPU at toy sizes: what they do, not how fast it is."""
+"""extras/bench.py on the CPU at toy sizes: what it does, not how fast it is."""
 from unittest import mock
 
 import numpy as np
