@@ -50,12 +50,12 @@ def parse_args(argv=None):
     parser.add_argument("--quick", action="store_true", help="toy-sized networks and images")
     parser.add_argument("--only", choices=PARTS, help="measure this part alone")
     parser.add_argument("--out", type=Path, help="write the table to this file, too")
-    parser.add_argument("--gpu", action="store_true", help="does a GPU compute what the CPU does? "
-                        "Then all parts; without a GPU at toy sizes, which show that they run")
+    parser.add_argument("--gpu", action="store_true", dest="compare", help="compare a GPU with the "
+                        "CPU, then all parts; without a GPU at toy sizes: they run, no more")
     args = parser.parse_args(argv)
-    args.quick |= args.gpu and not torch.cuda.is_available()
+    args.quick |= args.compare and not torch.cuda.is_available()
     vars(args).update(SIZES[args.quick], workers=min(16, os.cpu_count()), parts=[args.only] if
-                      args.only else [part for part in PARTS if args.gpu or part != "equal"])
+                      args.only else [part for part in PARTS if args.compare or part != "equal"])
     return args
 
 
@@ -244,7 +244,7 @@ PARTS = {"equal": equal, "loading": loading, "context": context, "crf": dense_cr
 
 def main(args):
     args.device, _, _ = join_processes()
-    asked, args.gpu = args.gpu, args.device.type == "cuda"
+    args.gpu = args.device.type == "cuda"
     args.amp = torch.autocast(args.device.type, torch.bfloat16, args.gpu)
     device = torch.cuda.get_device_name() if args.gpu else "no GPU"
     args.rows = [f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads", "",
@@ -257,7 +257,7 @@ def main(args):
             make_textures(args, args.root, {"train": number, "val": val})
         for part in args.parts:
             PARTS[part](args)
-    if asked and not args.gpu:
+    if args.compare and not args.gpu:
         print("no GPU: toy sizes on the CPU, which say nothing of CUDA")
 
 
