@@ -67,6 +67,9 @@ STUDIES = {
                for a in (2, 3, 4)],
     "cpews-fig3": [(name, "-", "cpews" + f" --backbone {name}" * (name != "ViT-B"), "")
                    for name in ("ViT-B", "deit_base_patch16_224.fb_in1k")],
+    "cpews-head": [("E3", "-", "cpews --ism-from 100", ""),  # of --iterations 100: without ISM
+                   ("--head softmax", "-", "cpews --ism-from 0 --head softmax --cam-high 0.1 "
+                    "--cam-low 0.02 --cam-threshold 0.03", "")],
     "cpews5-voc": [(f"block {a}", "-", "cpews" + f" --aux-block {a}" * (a != 10), "")
                    for a in (8, 10, 12)],
 }

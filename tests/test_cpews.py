@@ -17,6 +17,7 @@ from data import Folder
 from datasets import coco as coco_maker, voc as voc_maker
 from extras.cpews import model as cpews_model, par, train as cpews
 from extras.cpews.model import CPEWS, CPEWSConfig
+from model import classification_loss, pool_patches
 from support.files import UserError, write_lines
 from support.masks import EXPORT, read_image, read_mask
 
@@ -82,19 +83,19 @@ def test_par_against_loops():
 
 # --- E1 to E6: the network ---------------------------------------------------------------------
 
-def network(aux_block=3, C=9):
+def network(aux_block=3, C=9, head="max"):
     torch.manual_seed(0)
-    return CPEWS(CPEWSConfig(C, "vit_toy", aux_block, 2)).eval()
+    return CPEWS(CPEWSConfig(C, "vit_toy", aux_block, 2, head)).eval()
 
 
-def pixel_network(W, aux_W=None):
+def pixel_network(W, aux_W=None, head="max"):
     """A CPEWS whose F is the image itself, and A its negative: tokens are pixels."""
-    model = network()
+    model = network(head=head)
     model.patch, model.encode = 1, lambda images: (images, -images)
     for name, weight in (("classifier", W), ("aux_classifier", W if aux_W is None else aux_W)):
-        head = torch.nn.Linear(3, len(weight), bias=False)
-        head.weight.data = torch.tensor(weight, dtype=torch.float)
-        setattr(model, name, head)
+        linear = torch.nn.Linear(3, len(weight), bias=False)
+        linear.weight.data = torch.tensor(weight, dtype=torch.float)
+        setattr(model, name, linear)
     return model
 
 
@@ -124,6 +125,39 @@ def test_scores_are_linear_in_the_maximum_of_each_channel():
     raw, aux_raw = model.maps(*model.encode(image))
     assert raw[0, :, 0].tolist() == [[3 - 4, -1 + 10], [0, 0.5]]
     assert aux_raw[0, :, 0].tolist() == [[-3, 1], [0, -0.5]]
+
+
+def test_scores_of_the_softmax_head_by_hand():
+    """Two of 20 tokens have M of ln 2 and ln 6 for the first class: the best tenth is both."""
+    model = pixel_network([[1, 0, 0], [0, 1, 0]], head="softmax")
+    image = torch.zeros(1, 3, 4, 5)
+    image[0, 0, 1, 1], image[0, 0, 0, 0] = math.log(2), math.log(6)  # Y: 1 2 1 / 4, 1 6 1 / 8
+    z, aux_z = (scores.sigmoid()[0].tolist() for scores in model.scores(*model.encode(image)))
+    assert z == approx([1 / 3, (1 / 2 + 3 / 4) / 2, 1 / 3])
+    assert aux_z == approx([(2 / 5 + 6 / 13) / 2, 1 / 3, (2 / 5 + 6 / 13) / 2])  # 2 1 2, 6 1 6
+    z, _ = model.scores(*model.encode(image), start=True)  # a border of 14, a centre of 6 tokens
+    assert z.sigmoid()[0].tolist() == approx([(13 / 3 + 1 / 8) / 14, (5 / 3 + 1 / 2) / 6,
+                                              (5 / 3 + 1 / 4) / 6])
+    start = network(head="softmax")
+    assert not start.classifier.weight.any() and not start.aux_classifier.weight.any()
+
+
+def test_the_loss_of_the_softmax_head_is_cpf_ctes(batch):
+    """E4 with --head softmax is Eq. (9): background is in every image, from the tenth step on."""
+    args, (images, inside, y) = batch
+    model = network(head="softmax")
+    model.classifier.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+
+    def loss(t):
+        return cpews.batch_losses(model, model.encode, (images, inside, y), None, args, t)
+
+    layers = model.encode(images)
+    raw, _ = model.maps(*layers)
+    Y = torch.cat([torch.zeros_like(raw[:, :1]), raw], dim=1).softmax(1).permute(0, 2, 3, 1)
+    expected = classification_loss(pool_patches(Y, top_k=14), F.pad(y, (1, 0), value=1.0))
+    assert loss(10 - args.warm_up)[0]["cls"].item() == approx(expected.item())
+    assert abs(loss(9 - args.warm_up)[0]["cls"].item() - expected.item()) > 0.01
+    assert torch.equal(loss(0)[1]["z"], model.scores(*layers)[0][:, 1:])
 
 
 def test_cam_by_hand():
@@ -297,6 +331,9 @@ def test_regions_come_from_the_trained_pairs_and_scores_from_the_maximum(toy):
         assert exists.all() and np.allclose(f[0].numpy(), image[region].mean(0), atol=1e-3)
         assert z[0].item() == approx(best)
         assert torch.equal(y, folder.image_labels(image_id)[1:])
+    model = pixel_network(W, aux_W, head="softmax")
+    (*_, z, y), = cpews.image_regions(model, folder, [image_id], args, CPU)
+    assert len(z) == len(y) == 8 and len(z.unique()) == 1  # background's score is not among them
 
 
 def test_the_losses_of_the_prototypes_use_w_on_f():
@@ -571,8 +608,9 @@ def test_pools_come_from_the_trained_classifier_once_and_stay(toy, tmp_path, mon
     assert len(made) == 4 and not (first.shape == last.shape and torch.allclose(first, last))
     stayed = [torch.equal(norm, start.backbone.norm.weight) for _, norm, _ in made]
     assert stayed[:2] == [False, True]  # the encoder is frozen until the first pools, or not
-    trained(toy, tmp_path / "never", "--pdl-weight", "0", "--ssl-weight", "0")
-    assert len(made) == 4
+    trained(toy, tmp_path / "never", "--pdl-weight", "0", "--ssl-weight", "0", "--head", "softmax")
+    checkpoint = torch.load(tmp_path / "never/cpews.pt", weights_only=True)
+    assert len(made) == 4 and checkpoint["config"]["head"] == "softmax"
 
 
 # --- the script, as a person runs it -----------------------------------------------------------
@@ -603,25 +641,28 @@ def test_the_chain_on_24_beetles(finished, toy):
             "labelled", "val_cam", "val_aux", "val_pred"} <= set(last)
 
 
-def test_the_masks_are_those_of_the_equations(finished, toy, tmp_path):
+@pytest.mark.parametrize("ism_from", [5, 6])  # of 6: from then on labels come from M, or never
+def test_the_masks_are_those_of_the_equations(finished, toy, tmp_path, ism_from):
     home = shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("*.png"))
     folder, image_id = Folder(toy), Folder(toy).ids("val")[0]
     checkpoint = torch.load(home / "cpews.pt", weights_only=True)
-    W = checkpoint["model"]["classifier.weight"]  # after nine steps the maps are empty
-    checkpoint["args"] |= dict(par_dilations=[1], seed=7)  # hold for the masks, if not given anew
-    torch.save(checkpoint | dict(model=checkpoint["model"] | {"classifier.weight": torch.randn(
-        W.shape, generator=torch.Generator().manual_seed(0))}), home / "cpews.pt")
+    for seed, name in enumerate(("classifier.weight", "aux_classifier.weight")):
+        generator = torch.Generator().manual_seed(seed)  # after nine steps the maps are empty
+        checkpoint["model"][name].normal_(generator=generator)
+    checkpoint["args"] |= dict(par_dilations=[1], seed=7, ism_from=ism_from)  # hold for the masks
+    torch.save(checkpoint, home / "cpews.pt")
     in_process(cpews, "--data", toy, "--run", home, "--workers", "0", "--predict", "val",
                "--cam-low", "0.2")
     model, checkpoint = cpews.load_model(home / "cpews.pt", "cpews", CPEWSConfig, CPEWS)
     image = np.array(read_image(folder.image_path(image_id)))
     x, y = torch.tensor(image).permute(2, 0, 1)[None] / 255, folder.image_labels(image_id)[None, 1:]
     with torch.no_grad():
-        cam, _ = cams(model, x, y, [1.0])
+        cam, aux = cams(model, x, y, [1.0])
         best = model(x)[0][0].argmax(0)
     args = checkpoint["args"]
     expected = torch.where(cam[0].amax(0) > args["cam_threshold"], cam[0].argmax(0) + 1, 0)
-    labels = cpews_model.pixel_labels(cam, x, y, x[:, 0] >= 0, args["cam_high"], 0.2, [1])
+    labels = cpews_model.pixel_labels(cam if ism_from == 5 else aux, x, y, x[:, 0] >= 0,
+                                      args["cam_high"], 0.2, [1])
     assert expected.any() and {0, 255} < {*labels.flatten().tolist()}
     masks = {name: read_mask(home / name / f"{image_id}.png", 9)
              for name in ("cam", "pseudo", "pred")}

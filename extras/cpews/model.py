@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from extras.cpews.par import refine
+from model import pool_by_place, pool_patches
 from support.backbones import Network, Normalise, create_backbone
 from support.files import UserError, read_text
 from support.masks import IGNORE
@@ -25,6 +26,7 @@ class CPEWSConfig:
     backbone: str       # any plain ViT of timm
     aux_block: int      # a, counted from 1
     fov_dilation: int   # of the decoder
+    head: str = "max"   # max | softmax: how tokens become scores, E3
 
 
 def resized(maps, size):
@@ -57,6 +59,9 @@ class CPEWS(Network):
         self.decoder = nn.Sequential(  # LargeFOV
             nn.Conv2d(D, hidden, 3, **wide), nn.ReLU(), nn.Conv2d(hidden, hidden, 3, **wide),
             nn.ReLU(), nn.Conv2d(hidden, C, 1, bias=False))
+        if config.head == "softmax":  # no random start decides which side is the object
+            nn.init.zeros_(self.classifier.weight)
+            nn.init.zeros_(self.aux_classifier.weight)
 
     def train_encoder(self, learns):
         """Let the ViT learn, or freeze it; its position embedding never learns."""
@@ -76,10 +81,16 @@ class CPEWS(Network):
             aux = features if a == len(vit.blocks) else aux                       # E2: A
         return features.float(), aux.float()
 
-    def scores(self, features, aux):
-        """E3: z and z' (B, O), from the largest value of each channel."""
-        return (self.classifier(features.amax(dim=(2, 3))),
-                self.aux_classifier(aux.amax(dim=(2, 3))))
+    def scores(self, features, aux, start=False):
+        """E3: z and z' (B, O), from the largest value of each channel. --head softmax, ours: logits
+        (B, C) of CPF-CTE's s, where background's map is 0; start: as in its first steps."""
+        if self.config.head == "max":
+            return (self.classifier(features.amax(dim=(2, 3))),
+                    self.aux_classifier(aux.amax(dim=(2, 3))))
+        K = max(1, features[0, 0].numel() // 10)
+        Ys = [F.pad(raw, (0, 0, 0, 0, 1, 0)).softmax(dim=1).permute(0, 2, 3, 1)  # Eq. (7)
+              for raw in self.maps(features, aux)]
+        return [(pool_by_place(Y) if start else pool_patches(Y, top_k=K)).logit(1e-6) for Y in Ys]
 
     def segment(self, features):
         """E5: the decoder's logits (B, C, h, w)."""

@@ -37,7 +37,7 @@ from support.masks import (IGNORE, claim_folders, export, read_mask, read_settin
 from support.processes import join_processes, launch, map_in_workers, place, wrap_for_training
 from support.scores import boundary_iou, mean_average_precision
 
-WEIGHT_DECAY, POLY_POWER = 0.01, 0.9
+WEIGHT_DECAY, POLY_POWER, CENTRE_STEPS = 0.01, 0.9, 10
 MASK_FLAGS = "cam_scales cam_threshold cam_high cam_low par_dilations scales".split()
 
 
@@ -72,6 +72,8 @@ def parse_args(argv=None):
     add("--lr-warm-up", 1500, "steps over which a layer's rate rises linearly once it learns",
         toy=100, photo=100)
     add("--aux-block", 10, "a, the block that A is the output of, E2", toy=3, photo=1, low=1)
+    add("--head", "max", "scores, E3, of each channel's largest value; softmax, not in the paper: "
+        "CPF-CTE's, Eq. (7) to (9), which wants lower thresholds", choices=("max", "softmax"))
     add("--fov-dilation", 5, "of the decoder's two 3x3 convolutions, E5", toy=1, photo=1, low=1)
     add("--cam-scales", [1.0, 0.5, 1.5], "input scales of the class maps, E6", toy=[1.0],
         photo=[1.5], nargs="+", low=0.01, high=100)
@@ -150,14 +152,14 @@ def photo(image, device):
 @torch.no_grad()
 def image_regions(model, folder, ids, args, device):
     """What E10's make_pools takes of every image, whole: f, whether it exists, z, image labels."""
-    head = 1 if args.pool_cam == "aux" else 0
+    which = 1 if args.pool_cam == "aux" else 0
     images = loader(Images(folder, ids), args, device, batch_size=None, collate_fn=tuple)
     for image_id, image, _ in progress(images, "prototypes", len(ids)):
         layers = model.layers(photo(image, device), args.cam_scales)
-        raw, z = model.maps(*layers)[head], model.scores(*layers)[head]
+        raw, z = model.maps(*layers)[which], model.scores(*layers)[which]
         f, regions = region_features(raw, layers[0], args.mask_threshold, floor=1e-5)
-        exists = regions.any(dim=(2, 3))
-        yield f[0].cpu(), exists[0].cpu(), z[0].cpu(), folder.image_labels(image_id)[1:]
+        found = f, regions.any(dim=(2, 3)), z[:, -f.shape[1]:]  # not the softmax head's background
+        yield *(each[0].cpu() for each in found), folder.image_labels(image_id)[1:]
 
 
 def new_pools(model, folder, ids, groups, args, device):
@@ -168,7 +170,7 @@ def new_pools(model, folder, ids, groups, args, device):
     pools = make_pools(regions, groups, args.prototypes, args.seed, args.ssl_pool == "unshared")
     log(args.run, "cpews", **{name: sum(map(len, pools[name])) for name in pools})
     if args.ssl_weight and not any(map(len, pools["U"])):
-        print("note: SSL does nothing, as all of N show a relative: see --ssl-pool", flush=True)
+        print("note: SSL does nothing, as U is empty: see --ssl-pool", flush=True)
     return pools
 
 
@@ -190,10 +192,11 @@ def batch_losses(model, encode, batch, pools, args, t):
     """Of step t after the warm-up: {name: weighted loss} and {name: what the log tells}."""
     images, inside, y = batch
     features, aux = encode(images)                                            # E1, E2
-    z, aux_z = model.scores(features, aux)                                    # E3
-    losses = dict(cls=F.multilabel_soft_margin_loss(z, y),                    # E4
-                  aux=F.multilabel_soft_margin_loss(aux_z, y))
-    seen = dict(z=z, y=y)
+    z, aux_z = model.scores(features, aux, t + args.warm_up < CENTRE_STEPS)   # E3
+    target = F.pad(y, (1, 0), value=1.0)[:, -z.shape[1]:]  # softmax: all images show background
+    losses = dict(cls=F.multilabel_soft_margin_loss(z, target),               # E4
+                  aux=F.multilabel_soft_margin_loss(aux_z, target))
+    seen = dict(z=z[:, -y.shape[1]:], y=y)
     ism, decoder = (weight > 0 and t >= max(0, first) for weight, first in (
         (args.ism_weight, args.ism_from), (args.seg_weight, args.seg_from)))
     if ism or decoder:
@@ -236,7 +239,8 @@ def build(args, device, inputs):
     """(path, checkpoint or None, network, optimizer), as they start or as cpews.pt has them."""
     path, checkpoint = open_checkpoint(args, "cpews", args.warm_up + args.iterations, **inputs)
     torch.manual_seed(args.seed)
-    config = CPEWSConfig(len(inputs["classes"]), args.backbone, args.aux_block, args.fov_dilation)
+    config = CPEWSConfig(len(inputs["classes"]), args.backbone, args.aux_block, args.fov_dilation,
+                         args.head)
     pretrained, weights = (False, None) if checkpoint else (args.pretrained, args.weights)
     model = CPEWS(config, pretrained, weights).to(device)
     if args.crop % model.patch:
@@ -311,7 +315,8 @@ def run_network(model, folder, ids, args, device, constants, labelled=True):
         if labelled:
             y = folder.image_labels(image_id)[None, 1:].to(device)
             cam, aux = model.cams([encoded[s] for s in args.cam_scales], y, whole.shape[2:])
-            pseudo = pixel_labels(cam, whole, y, whole[:, 0] >= 0, args.cam_high, args.cam_low,
+            last = cam if args.ism_from < args.iterations else aux  # as in training's last step
+            pseudo = pixel_labels(last, whole, y, whole[:, 0] >= 0, args.cam_high, args.cam_low,
                                   args.par_dilations)
             cams = F.pad(torch.cat([cam, aux]), (0, 0, 0, 0, 1, 0), value=args.cam_threshold)
             masks = torch.cat([cams.max(dim=1).indices, pseudo]).byte().cpu().numpy()
